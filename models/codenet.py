@@ -23,6 +23,7 @@ from weft.models.layers import (
     MaxPool,
     OffsetConv,
     QuantLayer,
+    SquareOffsets,
     Upsample,
 )
 
@@ -163,11 +164,12 @@ class DecoderLevel(nn.Module):
             self.offset, self.deform = None, QuantLayer(cin, cin, 3, groups=groups, relu=False, norm=False)
         else:
             self.offset, self.deform = OffsetConv(cin, variant), DeformConv(cin, cin, groups)
+        self.spread = SquareOffsets() if variant == "square" else nn.Identity()
         self.conv = QuantLayer(cin, cout)
         self.upsample = Upsample()
 
     def forward(self, x: Activation) -> Activation:
-        offset = None if self.offset is None else self.offset(x)
+        offset = None if self.offset is None else self.spread(self.offset(x))
         return self.upsample(self.conv(self.deform(x, offset=offset)))
 
 
@@ -310,7 +312,7 @@ def recorded(model: CoDeNet) -> Iterator[dict[str, Tensor]]:
     handles = [
         module.register_forward_hook(hook(tensor_name(path)))
         for path, module in model.named_modules()
-        if isinstance(module, QuantLayer | ShuffleBlock | MaxPool | Upsample | InputQuantizer)
+        if isinstance(module, QuantLayer | ShuffleBlock | MaxPool | SquareOffsets | Upsample | InputQuantizer)
     ]
     try:
         yield codes
