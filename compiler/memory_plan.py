@@ -112,7 +112,7 @@ class _Group:
 
     tasks: list[Task]
     strip_pixels: int = STRIP_PIXELS
-    slack: int = 2  # strips that a producer may run ahead
+    slack: int = 3  # strips that a producer may run ahead
     prefetch: bool = True  # load the weights one segment early
 
 
@@ -282,7 +282,7 @@ class _Planner:
         neighbour = self.groups[min(crowded + 1, len(self.groups) - 1)]  # its weights are loaded in the crowded segment
         for tight in (group, neighbour):
             if tight.slack > 1:
-                tight.slack = 1
+                tight.slack -= 1
                 return
             if tight.prefetch:
                 tight.prefetch = False

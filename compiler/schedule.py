@@ -11,17 +11,18 @@ from weft.compiler.memory_plan import Segment
 def strips(segment: Segment) -> Iterator[tuple[Task, int, int]]:
     """(task, first row, last row + 1), each task in turn as soon as its inputs exist and its window has room.
 
-    Greedy rounds over the tasks in data-flow order: a producer runs ahead by as many strips as its ring
-    allows, which is what hides the latency between units. Raises AssertionError if no task can go on: the
-    memory plan made a window too small.
+    Rounds over the tasks in data-flow order; a strip uses only what earlier rounds produced, so that a unit
+    never waits for what another unit has only just been given, and a producer runs ahead by as many strips
+    as its ring allows. Raises AssertionError if no task can go on: the memory plan made a window too small.
     """
     done = dict.fromkeys(segment.tasks, 0)
     while any(done[task] < task.rows for task in segment.tasks):
+        before = dict(done)
         progress = False
         for task in segment.tasks:
             first = done[task]
             last = min(first + segment.strip[task], task.rows)
-            if first < task.rows and _inputs_ready(segment, done, task, first, last) and _room(segment, done, task, last):
+            if first < task.rows and _inputs_ready(segment, before, task, first, last) and _room(segment, done, task, last):
                 yield task, first, last
                 done[task] = last
                 progress = True
