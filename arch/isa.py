@@ -9,7 +9,8 @@ An instruction is 64 bytes, little endian. The dispatcher hands it, in program o
 queue of its unit. Units meet through counting tokens, one counter for every (producer, consumer) pair:
 
     before it starts, an instruction takes one token from counter[u][own unit] for every u in `wait`;
-    when its last write has reached memory, it adds one to counter[own unit][u] for every u in `signal`.
+    when its last write has reached memory, it adds one to counter[own unit][u] for every u in `signal`;
+    a full counter delays the addition, never loses it.
 
 A unit may overlap the start of an instruction with the end of the one before it; an instruction that
 needs its predecessor in the same unit to have finished says so by a token to itself.

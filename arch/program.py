@@ -2,7 +2,7 @@
 
 File format: safetensors (8-byte length, JSON header, raw bytes) with the tensors `instructions`
 (uint8 [n, 64]), `constants` (uint8 [bytes]), `first_row` and `first_part` (int32 [n]), and the rest as
-JSON in the header's metadata under the key `weft`, with a SHA-256 over everything under `checksum`.
+JSON in the header's metadata under the key `weft`: {"checksum": SHA-256 over everything, "program": ...}.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ class Program:
     """Everything a Device needs to run one network.
 
     `first_row[i]` and `first_part[i]` (first output row; first tile or block) tell where the result of
-    instruction i lies in its layer's output; they serve comparison and reports, not execution.
+    instruction i lies in its layer's output; they serve comparison and reports, not execution. The positions
+    of a COLUMNS layer are numbered (block*taps + tap)*lanes + lane.
     """
 
     config: EngineConfig
@@ -173,7 +174,7 @@ class Program:
         }
 
     def save(self, path: str | Path) -> None:
-        """Writes the file in one piece or not at all. Raises ToolError when the disk refuses."""
+        """Writes the file in one piece or not at all, equal bytes for equal Programs. Raises ToolError when the disk refuses."""
         meta = {
             "format": FORMAT, "config": asdict(self.config), "fingerprint": self.fingerprint, "model": self.model,
             "segment_bytes": self.segment_bytes,
@@ -182,7 +183,9 @@ class Program:
             "layers": [asdict(item) for item in self.layers],
         }
         text, arrays = json.dumps(meta, sort_keys=True), self._arrays()
-        write_atomically(path, save(arrays, {"weft": text, "checksum": _checksum(text, arrays)}))
+        # One key, because safetensors does not keep the order of several, and equal Programs are equal files.
+        header = json.dumps({"checksum": _checksum(text, arrays), "program": text})
+        write_atomically(path, save(arrays, {"weft": header}))
 
     @classmethod
     def load(cls, path: str | Path) -> Program:
@@ -198,12 +201,15 @@ class Program:
             raise ModelError(f"{path}: not a Weft Program, or cut short ({error}); compile it again") from error
         except OSError as error:
             raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from error
-        if "weft" not in header or "checksum" not in header:
+        if "weft" not in header:
             raise ModelError(f"{path}: a safetensors file, but not a Weft Program")
-        if _checksum(header["weft"], arrays) != header["checksum"]:
-            raise ModelError(f"{path}: corrupted (checksum differs); compile it again")
         try:
-            return cls._from_parts(json.loads(header["weft"]), arrays)
+            outer = json.loads(header["weft"])
+            if _checksum(outer["program"], arrays) != outer["checksum"]:
+                raise ModelError(f"{path}: corrupted (checksum differs); compile it again")
+            return cls._from_parts(json.loads(outer["program"]), arrays)
+        except ModelError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: malformed Program ({error}); compile it again") from error
 

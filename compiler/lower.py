@@ -94,6 +94,7 @@ class Task:
     columns: int
     sources: list[Source]
     targets: list[Target]
+    is_piece: bool = field(default=False, kw_only=True)  # some tiles or blocks of a layer too large to do at once
 
     @property
     def parts(self) -> int:
@@ -369,12 +370,10 @@ class _Lowering:
         if window.stride != (1, 1):
             raise ModelError(f"'{op.name}': deformable convolution with stride {window.stride}; only stride 1 runs")
         offsets = self._operand(op, 1)
-        if deform.sampling == Sampling.SQUARE:
-            centre = window.kernel[0] // 2
-            first, span = centre - window.padding[0] - deform.reach * centre, 2 * deform.reach * centre + 1
-        else:  # the neighbour below the last row is one further
-            first = -window.padding[0] - deform.reach
-            span = 2 * deform.reach + (window.kernel[0] - 1) * window.dilation[0] + 2
+        first = -window.padding[0] - deform.reach
+        span = 2 * deform.reach + (window.kernel[0] - 1) * window.dilation[0] + 1
+        if deform.sampling == Sampling.OFFSETS:
+            span += 1  # the lower neighbours of a bilinear sample
         return [Source(source, 1, first, span, range(source.blocks)), Source(offsets, 1, 0, 1, range(1))]
 
     def _vector(self, op: Depthwise | MaxPool | Add) -> None:

@@ -26,6 +26,7 @@ from weft.compiler.lower import Buffer, Lowered, MatrixTask, Source, Target, Tas
 NO_WRAP = 4095  # ring field of a buffer that is held whole
 STRIP_PIXELS = 128  # output pixels of a strip in a streaming segment: long enough to hide latencies
 RESIDENT_STRIPS = 6  # strips of a layer held whole: fewer than the unit queues are deep, so that dispatch runs ahead
+SHORT_STRIP_PIXELS = 64  # shorter strips only when nothing else helps
 FUSE_SPAN = 5  # most segments fused at once
 
 
@@ -133,6 +134,7 @@ class _Planner:
         self.config, self.weight_words = config, weight_words
         self.groups = [_Group([task]) for task in _with_output_stores(lowered)]
         self.in_memory: set[Buffer] = set()
+        self.apart: set[Buffer] = set()  # buffers that are not to become rings (again)
         self.component = _components(task for group in self.groups for task in group.tasks)
         self.gathered = {task.sources[0].buffer for group in self.groups for task in group.tasks
                          if isinstance(task, VectorTask) and task.sampling == Sampling.OFFSETS}
@@ -276,7 +278,14 @@ class _Planner:
         if self._fuse(live, uses) or self._move_out(live, uses):
             return
         group = self.groups[crowded]
-        if any(self._strip(task, True, group.strip_pixels) > 1 for task in group.tasks):
+        shorter = any(self._strip(task, True, group.strip_pixels) > 1 for task in group.tasks)
+        if shorter and group.strip_pixels > SHORT_STRIP_PIXELS:
+            group.strip_pixels //= 2
+            return
+        if len(group.tasks) > 1:
+            self._split(crowded)
+            return
+        if shorter:
             group.strip_pixels //= 2
             return
         neighbour = self.groups[min(crowded + 1, len(self.groups) - 1)]  # its weights are loaded in the crowded segment
@@ -301,7 +310,8 @@ class _Planner:
             last = max(uses[b].span[1] for b in members)
             tasks = [task for group in self.groups[first : last + 1] for task in group.tasks]
             weights = sum(self.weight_words.get(task, 0) for task in tasks)
-            if (first == last or last - first >= FUSE_SPAN or weights > self.config.pool_words // 3
+            if (self.apart.intersection(members) or any(task.is_piece for task in tasks)
+                    or first == last or last - first >= FUSE_SPAN or weights > self.config.pool_words // 3
                     or any(isinstance(task, StoreTask) for task in tasks) or _reads_own_memory(tasks, self.in_memory)):
                 continue
             gain = len(members) * buffer.blocks * buffer.height * self._pitch[buffer]
@@ -317,6 +327,13 @@ class _Planner:
         tasks = [task for group in self.groups[first : last + 1] for task in group.tasks]
         self.groups[first : last + 1] = [_Group(tasks)]
         return True
+
+    def _split(self, index: int) -> None:
+        """Cuts a fused segment in the middle; what crosses the cut stays whole or goes to memory."""
+        tasks = self.groups[index].tasks
+        halves = tasks[: len(tasks) // 2], tasks[len(tasks) // 2 :]
+        self.apart |= {b for b in _touched(halves[0]) if b in _touched(halves[1])}
+        self.groups[index : index + 1] = [_Group(half) for half in halves]
 
     def _move_out(self, live: list[Buffer], uses: dict[Buffer, _Use]) -> bool:
         """Moves to memory the component with least traffic for the words it frees."""
@@ -457,7 +474,7 @@ def _tiles(task: MatrixTask, start: int, stop: int, config: EngineConfig) -> Mat
             targets.append(replace(target, blocks=range(min(blocks), max(blocks) + 1)))
     return replace(task, name=f"{task.name}[{start}:{stop}]", tiles=tiles, targets=targets, weight=task.weight[part],
                    requantize=replace(req, bias=req.bias[part], mult=req.mult[part], shift=req.shift[part]),
-                   first_tile=start)
+                   first_tile=start, is_piece=True)
 
 
 def _blocks(task: VectorTask, start: int, stop: int) -> VectorTask:
@@ -472,7 +489,7 @@ def _blocks(task: VectorTask, start: int, stop: int) -> VectorTask:
         targets=[replace(target, blocks=range(start * per_block, stop * per_block))],
         weight=None if task.weight is None else task.weight[part],
         requantize=req and replace(req, bias=req.bias[part], mult=req.mult[part], shift=req.shift[part]),
-        first_block=start)
+        first_block=start, is_piece=True)
 
 
 def plan_memory(lowered: Lowered, config: EngineConfig, weight_words: dict[Task, int]) -> MemoryPlan:
