@@ -55,6 +55,7 @@ class EngineConfig:
         require(self.steps_per_word >= self.pixels,
                 f"lanes / rows = {self.steps_per_word} must be at least pixels = {self.pixels}: "
                 "one word per cycle is read for each pixel; widen lanes or lower rows or pixels")
+        require(self.columns >= 2, "columns must be at least 2, because two share a multiplier")
         require(self.columns <= min(32, self.lanes), "columns must not exceed lanes, nor 32, the width of a write mask")
         require(self.weight_step_bytes <= self.lanes, "rows * columns / 2 must not exceed lanes (one weight word per step)")
         require(self.post_lanes <= self.lanes, "post_lanes must not exceed lanes")

@@ -13,6 +13,7 @@ from weft.arch.isa import Unit
 
 MAGIC = 0x57454654  # "WEFT"
 SEGMENTS = 8  # memory segment registers
+NO_UNIT = 0xFF  # unit of a fault outside the units: fetch, or an unknown instruction
 
 
 class Status(enum.IntEnum):
@@ -60,7 +61,7 @@ def _table() -> dict[str, Register]:
     entries: list[tuple[str, int, bool, str]] = [
         ("magic", 1, False, "always 0x57454654"),
         ("control", 1, True, "write 1: start; write 2: stop and reset every unit"),
-        ("status", 1, False, "bits 7..0 Status, bits 15..8 Unit at fault"),
+        ("status", 1, False, "bits 7..0 Status, bits 15..8 Unit at fault or 255"),
         ("fault_index", 1, False, "index of the instruction at fault (dispatch order), else of the next to dispatch"),
         ("fingerprint", 2, False, "EngineConfig fingerprint"),
         ("watchdog", 1, True, "cycles without a retired instruction before the engine stops; 0: never"),

@@ -12,14 +12,13 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 
 from weft.arch.config import EngineConfig
 from weft.arch.isa import INSTRUCTIONS, Instruction, Opcode, Unit
-from weft.arch.registers import Status
+from weft.arch.registers import NO_UNIT, Status
 from weft.hw.fetch import LENGTH_BITS
 from weft.hw.interfaces import UnitPort
 from weft.hw.layouts import INSTRUCTION_BITS, layout_of
 from weft.hw.stream import Queue
 
 UNIT_CLASSES: dict[Unit, type[Instruction]] = {cls.unit: cls for cls in INSTRUCTIONS.values() if cls.unit is not None}
-NO_UNIT = 0xFF  # unit of a fault outside the units
 IN_FLIGHT = 4  # instructions that a unit may have accepted and not finished
 UNIT_BITS = 8
 

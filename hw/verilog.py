@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import re
+
 from amaranth.back import verilog as backend
 from amaranth.hdl import Module
 from amaranth.lib import wiring
@@ -11,6 +14,7 @@ from weft.arch.config import EngineConfig
 from weft.hw.engine import Engine
 
 TOP = "weft_engine"
+ZERO_CONTENTS = re.compile(r"^ +initial begin\n(?: +\S+ ?\[\d+\] = \d+'h0+;\n)+ +end\n", re.MULTILINE)
 PREFIXES = {("bus",): "m_axi", ("control",): "s_axil", ("monitor",): "mon"}
 
 
@@ -35,9 +39,17 @@ def verilog(config: EngineConfig) -> str:
     """Verilog of the engine, module weft_engine with clk, rst and the ports of Top.
 
     The same text for the same configuration. Only single underscores in port names, because simulators
-    encode double ones.
+    encode double ones. Memories carry no initial contents: ours start at zero, as simulators and FPGAs do by
+    themselves, and a line for each of their words would be a fifth of the file.
     """
-    return backend.convert(Top(config), name=TOP, emit_src=False, strip_internal_attrs=True)
+    collecting = gc.isenabled()
+    gc.disable()  # millions of objects that live to the end: collecting them in vain doubles the time
+    try:
+        text = backend.convert(Top(config), name=TOP, emit_src=False, strip_internal_attrs=True)
+    finally:
+        if collecting:
+            gc.enable()
+    return ZERO_CONTENTS.sub("", text)
 
 
 def _name(path: tuple[str | int, ...]) -> str:

@@ -30,6 +30,8 @@ class FunctionalDevice(Device):
         super().__init__(config)
         self.trace = trace
         self.layers: dict[str, np.ndarray] = {}
+        # Kept from run to run, as on the engine: lanes that nobody writes hold what was there before.
+        self._pool = np.zeros((config.pool_words, config.lanes), np.uint8)
         self._memory = np.zeros(0, np.uint8)
 
     def allocate(self, size: int) -> None:
@@ -49,7 +51,7 @@ class FunctionalDevice(Device):
 
     def execute(self, program_address: int, length: int, segments: list[int]) -> tuple[dict[str, int], Trace | None]:
         results = LayerResults(self.program) if self.program else None
-        machine = Machine(self.config, self._memory, segments, self.trace, results.add if results else None)
+        machine = Machine(self.config, self._memory, segments, self.trace, results.add if results else None, self._pool)
         counters = {f"{unit.name.lower()}_retired": 0 for unit in Unit} | {"bytes_read": 0, "bytes_written": 0}
         logs: dict[Unit, list[WriteLog]] = {unit: [] for unit in WRITERS}
         for index in range(length):

@@ -41,14 +41,14 @@ class Machine:
 
     def __init__(
         self, config: EngineConfig, memory: np.ndarray | None = None, segments: Sequence[int] = (),
-        trace: bool = False, on_result: ResultHook | None = None,
+        trace: bool = False, on_result: ResultHook | None = None, pool: np.ndarray | None = None,
     ) -> None:
         self.config = config
         self.memory = np.zeros(0, np.uint8) if memory is None else memory
         self.segments = segments
         self.trace = trace
         self.on_result = on_result
-        self.pool = np.zeros((config.pool_words, config.lanes), np.uint8)
+        self.pool = np.zeros((config.pool_words, config.lanes), np.uint8) if pool is None else pool
         self.tokens = np.zeros((len(Unit), len(Unit)), np.int64)
         self._index = 0
         self._instruction: Instruction = End()

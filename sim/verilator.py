@@ -30,7 +30,8 @@ from filelock import FileLock
 from weft.arch.errors import ToolError
 
 PACKAGES = {"c++": "g++", "ar": "binutils", "make": "make", "perl": "perl"}  # tool: Debian package
-VERILATOR_FLAGS = ("-O3", "--x-assign", "fast", "--x-initial", "fast", "--noassert", "-Wno-fatal", "-Wno-lint")
+# --x-initial 0: memories start at zero, as on an FPGA.
+VERILATOR_FLAGS = ("-O3", "--x-assign", "fast", "--x-initial", "0", "--noassert", "-Wno-fatal", "-Wno-lint")
 COMPILE_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-DVERILATOR=1", "-DVM_COVERAGE=0", "-DVM_SC=0",
                  "-DVM_TIMING=0", "-w")  # hidden: several libraries live in one process
 HOT, COLD, RUNTIME = "-O1", "-O0", "-O1"  # code that runs in every cycle, code that runs once, Verilator's library

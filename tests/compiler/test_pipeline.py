@@ -46,7 +46,8 @@ def test_any_scratchpad(config, words):
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(seed=st.integers(0, 1000), half=st.integers(1, 70), blocks=st.integers(1, 4), side=st.sampled_from([4, 6, 16]), words=st.sampled_from([200, 1024]))
+@given(seed=st.integers(0, 1000), half=st.integers(1, 70), blocks=st.integers(1, 4), side=st.sampled_from([4, 6, 16]),
+       words=st.sampled_from([200, 1024]))
 def test_any_shuffle_network(seed, half, blocks, side, words):
     assert_exact(shuffle_network(seed, side, half, blocks), replace(BASE, bank_words=words), seed)
 
