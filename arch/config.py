@@ -50,20 +50,28 @@ class EngineConfig:
         for name in ("rows", "columns", "pixels", "lanes", "post_lanes", "banks", "bus_bytes", "burst_beats"):
             require(getattr(self, name).bit_count() == 1, f"{name} must be a power of two, got {getattr(self, name)}")
         require(self.rows >= 2, "rows must be at least 2, because an 8-bit weight occupies two of them")
-        require(self.lanes >= 32, f"lanes must be at least 32 (a word holds 18 offsets or 27 stem inputs), got {self.lanes}")
+        require(
+            self.lanes >= 32, f"lanes must be at least 32 (a word holds 18 offsets or 27 stem inputs), got {self.lanes}"
+        )
         require(self.lanes <= 128, f"lanes must be at most 128, the width of a store mask, got {self.lanes}")
-        require(self.steps_per_word >= self.pixels,
-                f"lanes / rows = {self.steps_per_word} must be at least pixels = {self.pixels}: "
-                "one word per cycle is read for each pixel; widen lanes or lower rows or pixels")
+        require(
+            self.steps_per_word >= self.pixels,
+            f"lanes / rows = {self.steps_per_word} must be at least pixels = {self.pixels}: "
+            "one word per cycle is read for each pixel; widen lanes or lower rows or pixels",
+        )
         require(self.columns >= 2, "columns must be at least 2, because two share a multiplier")
         require(self.columns <= min(32, self.lanes), "columns must not exceed lanes, nor 32, the width of a write mask")
-        require(self.weight_step_bytes <= self.lanes, "rows * columns / 2 must not exceed lanes (one weight word per step)")
+        require(
+            self.weight_step_bytes <= self.lanes, "rows * columns / 2 must not exceed lanes (one weight word per step)"
+        )
         require(self.post_lanes <= self.lanes, "post_lanes must not exceed lanes")
         require(8 * self.max_writes <= self.lanes, "a word must hold the write descriptors of a tile")
         require(self.banks >= 4, "banks must be at least 4, one for each neighbour of a bilinear sample")
         require(self.pool_words <= 1 << 16, f"scratchpad of {self.pool_words} words exceeds 16-bit word addresses")
         require(self.bus_bytes <= self.lanes, "bus_bytes must not exceed lanes")
-        require(self.burst_beats <= 256 and self.burst_beats * self.bus_bytes <= 4096, "a burst must fit 256 beats and 4 KB")
+        require(
+            self.burst_beats <= 256 and self.burst_beats * self.bus_bytes <= 4096, "a burst must fit 256 beats and 4 KB"
+        )
         require(12 <= self.address_bits <= 64, "address_bits must be between 12 and 64")
         require(self.token_bits >= 2, "token_bits must be at least 2")
 

@@ -313,7 +313,10 @@ def isa_description() -> dict[str, dict[str, list[int]]]:
     """Field positions of every instruction: what a Program's fingerprint depends on."""
     return {
         cls.__name__: {"opcode": [int(cls.opcode)]}
-        | {item.name: [item.metadata["low"], item.metadata["width"], int(item.metadata["signed"])] for item in fields(cls)}
+        | {
+            item.name: [item.metadata["low"], item.metadata["width"], int(item.metadata["signed"])]
+            for item in fields(cls)
+        }
         for cls in INSTRUCTIONS.values()
     }
 

@@ -65,7 +65,9 @@ class InputTensor:
         """Codes [height, width, channels] to bytes. Raises ModelError on another shape or on codes out of range."""
         shape = (self.height, self.width, self.channels)
         if codes.shape != shape:
-            raise ModelError(f"input '{self.name}' has shape {list(codes.shape)}; the Program wants {list(shape)} (H, W, C)")
+            raise ModelError(
+                f"input '{self.name}' has shape {list(codes.shape)}; the Program wants {list(shape)} (H, W, C)"
+            )
         kind = np.uint8 if self.unsigned else np.int8
         limits = np.iinfo(kind)
         if codes.size and not limits.min <= codes.min() <= codes.max() <= limits.max:
@@ -162,8 +164,9 @@ class Program:
         """Raises ModelError unless this Program was compiled for `config`."""
         if self.fingerprint != config.fingerprint:
             raise ModelError(
-                f"Program '{self.model}' was compiled for engine '{self.config.name}' (fingerprint {self.fingerprint}), "
-                f"this engine is '{config.name}' ({config.fingerprint}); compile again with --engine {config.name}")
+                f"Program '{self.model}' was compiled for engine '{self.config.name}' ({self.fingerprint}), "
+                f"this engine is '{config.name}' ({config.fingerprint}); compile again with --engine {config.name}"
+            )
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return {
@@ -174,9 +177,12 @@ class Program:
         }
 
     def save(self, path: str | Path) -> None:
-        """Writes the file in one piece or not at all, equal bytes for equal Programs. Raises ToolError when the disk refuses."""
+        """Writes the file whole or not at all, equal bytes for equal Programs. Raises ToolError if the disk refuses."""
         meta = {
-            "format": FORMAT, "config": asdict(self.config), "fingerprint": self.fingerprint, "model": self.model,
+            "format": FORMAT,
+            "config": asdict(self.config),
+            "fingerprint": self.fingerprint,
+            "model": self.model,
             "segment_bytes": self.segment_bytes,
             "inputs": [asdict(item) for item in self.inputs],
             "outputs": [asdict(item) for item in self.outputs],
@@ -225,8 +231,11 @@ class Program:
             return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
         return cls(
-            config=EngineConfig(**meta["config"]), fingerprint=meta["fingerprint"], model=meta["model"],
-            **arrays, segment_bytes=tuple(meta["segment_bytes"]),
+            config=EngineConfig(**meta["config"]),
+            fingerprint=meta["fingerprint"],
+            model=meta["model"],
+            **arrays,
+            segment_bytes=tuple(meta["segment_bytes"]),
             inputs=tuple(InputTensor(**tuples(item)) for item in meta["inputs"]),
             outputs=tuple(OutputTensor(**tuples(item)) for item in meta["outputs"]),
             layers=tuple(Layer(**tuples(item)) for item in meta["layers"]),
@@ -254,7 +263,9 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        raise ToolError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place") from error
+        raise ToolError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

@@ -67,7 +67,10 @@ def _table() -> dict[str, Register]:
         ("watchdog", 1, True, "cycles without a retired instruction before the engine stops; 0: never"),
         ("program_length", 1, True, "instructions, END included"),
         ("program_address", 2, True, "memory address of the first instruction, a multiple of 64"),
-        *((f"segment{i}", 2, True, f"memory address of segment {i}, a multiple of the word size") for i in range(SEGMENTS)),
+        *(
+            (f"segment{i}", 2, True, f"memory address of segment {i}, a multiple of the word size")
+            for i in range(SEGMENTS)
+        ),
         ("cycles", 2, False, "cycles from start to done"),
         ("bytes_read", 2, False, "bytes received from memory, instructions included"),
         ("bytes_written", 2, False, "bytes sent to memory"),
@@ -76,8 +79,10 @@ def _table() -> dict[str, Register]:
         name = unit.name.lower()
         entries.append((f"{name}_retired", 1, False, f"instructions completed by the {name} unit"))
         entries.append((f"{name}_busy", 1, False, f"cycles in which the {name} unit made progress"))
-        entries += [(f"{name}_stall_{s.name.lower()}", 1, False, f"{name} unit: cycles stalled by {s.name.lower()}")
-                    for s in Stall]
+        entries += [
+            (f"{name}_stall_{s.name.lower()}", 1, False, f"{name} unit: cycles stalled by {s.name.lower()}")
+            for s in Stall
+        ]
     table, offset = {}, 0
     for name, words, writable, doc in entries:
         if words == 2:

@@ -64,11 +64,15 @@ def _scale_bytes(requantize: Requantize, part: slice, config: EngineConfig) -> b
     return _words(bias, config) + _words(scale.tobytes(), config)
 
 
-def _matrix_parameters(task: MatrixTask, config: EngineConfig, locate: Callable[[Write], list[tuple[int, int]]]) -> bytes:
+def _matrix_parameters(
+    task: MatrixTask, config: EngineConfig, locate: Callable[[Write], list[tuple[int, int]]]
+) -> bytes:
     chunks = []
     for index, tile in enumerate(task.tiles):
         part = slice(index * config.columns, (index + 1) * config.columns)
-        descriptors = np.zeros(config.max_writes, np.dtype([("offset", "<u2"), ("group", "u1"), ("unused", "u1"), ("mask", "<u4")]))
+        descriptors = np.zeros(
+            config.max_writes, np.dtype([("offset", "<u2"), ("group", "u1"), ("unused", "u1"), ("mask", "<u4")])
+        )
         writes = [(offset, group, write.mask) for write in tile.writes for offset, group in locate(write)]
         for slot, (offset, group, mask) in enumerate(writes):
             descriptors[slot] = (offset, group, 0, mask)

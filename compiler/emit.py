@@ -7,13 +7,14 @@ instruction waits for a token that the other one gives. A wait is left out when 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from weft.arch.config import EngineConfig
 from weft.arch.isa import End, Instruction, Load, Matrix, Sampling, Store, Unit, Vector, VectorOp
 from weft.arch.program import Segment as MemorySegment
-from weft.compiler.constants import block_words, constant_words, pack_constants, words_per_tile
+from weft.compiler.constants import block_words, pack_constants, words_per_tile
 from weft.compiler.footprint import Footprint, footprint
 from weft.compiler.lower import Buffer, Lowered, MatrixTask, Task, VectorTask
 from weft.compiler.memory_plan import LoadTask, MemoryPlan, Segment, Storage, StoreTask, WeightStorage
@@ -82,8 +83,10 @@ class Emitter:
 
     def __init__(self, lowered: Lowered, plan: MemoryPlan, config: EngineConfig) -> None:
         self.plan, self.config = plan, config
-        memory = {int(MemorySegment.ARENA): plan.arena_bytes // config.lanes,
-                  int(MemorySegment.OUTPUT): plan.output_bytes // config.lanes}
+        memory = {
+            int(MemorySegment.ARENA): plan.arena_bytes // config.lanes,
+            int(MemorySegment.OUTPUT): plan.output_bytes // config.lanes,
+        }
         self.hazards = Hazards(config, memory)
         self.instructions: list[Instruction] = []
         self.rows: list[int] = []
@@ -124,10 +127,19 @@ class Emitter:
                 continue
             self.loaded[weights.task] = weights
             home = self.plan.segments[[weights in s.weights for s in self.plan.segments].index(True)]
-            raw = pack_constants(weights.task, self.config, lambda write, w=weights, s=home: self._locate(s, w.task, write))
-            assert len(raw) == weights.words * self.config.lanes == constant_words(weights.task, self.config) * self.config.lanes
-            self._append(Load(tag=weights.task.tag, base=int(MemorySegment.CONSTANTS), address=weights.base,
-                              offset=len(self.constants), run=weights.words, rows=1, planes=1))
+            raw = pack_constants(weights.task, self.config, partial(self._locate, home, weights.task))
+            assert len(raw) == weights.words * self.config.lanes
+            self._append(
+                Load(
+                    tag=weights.task.tag,
+                    base=int(MemorySegment.CONSTANTS),
+                    address=weights.base,
+                    offset=len(self.constants),
+                    run=weights.words,
+                    rows=1,
+                    planes=1,
+                )
+            )
             self.constants += raw
 
     def _locate(self, segment: Segment, task: Task, write: Write) -> list[tuple[int, int]]:
@@ -166,15 +178,27 @@ class Emitter:
         size = max(size, grain if count > 1 else 1)
         return [(start, min(start + size, task.parts)) for start in range(0, task.parts, size)]
 
-    def _transfer(self, segment: Segment, task: Task, buffer: Buffer, blocks: range, first: int, last: int,
-                  mask: int | None = None) -> None:
+    def _transfer(
+        self,
+        segment: Segment,
+        task: Task,
+        buffer: Buffer,
+        blocks: range,
+        first: int,
+        last: int,
+        mask: int | None = None,
+    ) -> None:
         storage, (base, offset) = segment.storage[buffer], self.plan.memory[buffer]
         for a, b in _without_wrap(storage, first, last):
             row_bytes = buffer.row_words * self.config.lanes
             fields = {
-                "tag": task.tag, "base": int(base), "address": storage.block_base(blocks.start) + storage.anchor(a) * storage.pitch,
-                "offset": offset + (blocks.start * buffer.height + a) * row_bytes, "planes": len(blocks),
-                "plane_words": storage.plane, "plane_bytes": buffer.height * row_bytes,
+                "tag": task.tag,
+                "base": int(base),
+                "address": storage.block_base(blocks.start) + storage.anchor(a) * storage.pitch,
+                "offset": offset + (blocks.start * buffer.height + a) * row_bytes,
+                "planes": len(blocks),
+                "plane_words": storage.plane,
+                "plane_bytes": buffer.height * row_bytes,
             }
             if storage.pitch == buffer.row_words:
                 fields |= {"run": (b - a) * buffer.row_words, "rows": 1}
@@ -188,27 +212,52 @@ class Emitter:
         window_y = first * window.stride[0] - window.padding[0]
         low, high = (task.requantize.low, task.requantize.high) if task.requantize else (0, 0)
         return {
-            "tag": task.tag, "source": storage.block_base(source.blocks.start), "plane": storage.plane, "pitch": storage.pitch,
-            "ring": storage.ring, "anchor": storage.anchor(window_y), "window_y": window_y,
-            "height": source.buffer.height, "width": source.buffer.width,
-            "kernel_y": window.kernel[0], "kernel_x": window.kernel[1], "stride_y": window.stride[0],
-            "stride_x": window.stride[1], "dilation_y": window.dilation[0], "dilation_x": window.dilation[1],
-            "pad_x": window.padding[1], "rows": last - first, "columns": task.columns, "blocks": len(source.blocks),
-            "unsigned": int(source.buffer.unsigned), "low": low, "high": high,
-            "target_pitch": into.pitch, "target_ring": into.ring, "target_anchor": into.anchor(first * target.factor),
-            "target_step_y": target.factor, "target_step_x": target.factor,
+            "tag": task.tag,
+            "source": storage.block_base(source.blocks.start),
+            "plane": storage.plane,
+            "pitch": storage.pitch,
+            "ring": storage.ring,
+            "anchor": storage.anchor(window_y),
+            "window_y": window_y,
+            "height": source.buffer.height,
+            "width": source.buffer.width,
+            "kernel_y": window.kernel[0],
+            "kernel_x": window.kernel[1],
+            "stride_y": window.stride[0],
+            "stride_x": window.stride[1],
+            "dilation_y": window.dilation[0],
+            "dilation_x": window.dilation[1],
+            "pad_x": window.padding[1],
+            "rows": last - first,
+            "columns": task.columns,
+            "blocks": len(source.blocks),
+            "unsigned": int(source.buffer.unsigned),
+            "low": low,
+            "high": high,
+            "target_pitch": into.pitch,
+            "target_ring": into.ring,
+            "target_anchor": into.anchor(first * target.factor),
+            "target_step_y": target.factor,
+            "target_step_x": target.factor,
         }
 
     def _matrix(self, segment: Segment, task: MatrixTask, first: int, last: int, start: int, stop: int) -> None:
         weights, parameter_words = self.loaded[task], self.config.tile_parameter_words
         tile_words = words_per_tile(task, self.config) - parameter_words
         instruction = Matrix(
-            **self._window_fields(segment, task, first, last), target=0,
+            **self._window_fields(segment, task, first, last),
+            target=0,
             parameters=weights.base + start * parameter_words,
             weights=weights.base + task.parts * parameter_words + start * tile_words,
-            tiles=stop - start, wide=int(task.wide))
-        offsets = tuple(offset for tile in task.tiles[start:stop] for write in tile.writes
-                        for offset, _ in self._locate(segment, task, write))
+            tiles=stop - start,
+            wide=int(task.wide),
+        )
+        offsets = tuple(
+            offset
+            for tile in task.tiles[start:stop]
+            for write in tile.writes
+            for offset, _ in self._locate(segment, task, write)
+        )
         self._append(instruction, first, task.first_tile + start, offsets)
 
     def _vector(self, segment: Segment, task: VectorTask, first: int, last: int, start: int, stop: int) -> None:
@@ -217,29 +266,45 @@ class Emitter:
         storage, into = segment.storage[source.buffer], segment.storage[target.buffer]
         per_block = len(target.blocks) // len(source.blocks)
         fields |= {
-            "operation": int(task.operation), "sampling": int(task.sampling), "blocks": stop - start,
+            "operation": int(task.operation),
+            "sampling": int(task.sampling),
+            "blocks": stop - start,
             "source": storage.block_base(source.blocks.start + start),
             "target": into.block_base(target.blocks.start + start * per_block)
-            + task.phase[0] * into.pitch + task.phase[1],
-            "target_plane": into.plane * per_block, "target_tap": into.plane if per_block > 1 else 0,
+            + task.phase[0] * into.pitch
+            + task.phase[1],
+            "target_plane": into.plane * per_block,
+            "target_tap": into.plane if per_block > 1 else 0,
         }
         if task.operation == VectorOp.MULTIPLY:
             fields["parameters"] = self.loaded[task].base + start * block_words(task, self.config)
         if task.operation == VectorOp.PACK:
             image = source.buffer.image
             assert image is not None
-            fields |= {"kernel_x": 1, "stride_x": 1, "dilation_x": 1, "pad_x": 0,
-                       "pack_bytes": task.window.kernel[1] * image.channels,
-                       "pack_stride": task.window.stride[1] * image.channels}
+            fields |= {
+                "kernel_x": 1,
+                "stride_x": 1,
+                "dilation_x": 1,
+                "pad_x": 0,
+                "pack_bytes": task.window.kernel[1] * image.channels,
+                "pack_stride": task.window.stride[1] * image.channels,
+            }
         if task.step_to is not None:
             fields["tap_step"] = (segment.storage[task.step_to].base - storage.base) % (1 << 16)
             fields["dilation_x"] = 0
         if task.sampling != Sampling.GRID:
             window_y = 0 if storage.whole else first + source.first
             offsets = segment.storage[task.sources[1].buffer]
-            fields |= {"grid_y": fields["window_y"], "window_y": window_y, "anchor": storage.anchor(window_y),
-                       "fraction": task.fraction, "offsets": offsets.base, "offset_pitch": offsets.pitch,
-                       "offset_ring": offsets.ring, "offset_anchor": offsets.anchor(first)}
+            fields |= {
+                "grid_y": fields["window_y"],
+                "window_y": window_y,
+                "anchor": storage.anchor(window_y),
+                "fraction": task.fraction,
+                "offsets": offsets.base,
+                "offset_pitch": offsets.pitch,
+                "offset_ring": offsets.ring,
+                "offset_anchor": offsets.anchor(first),
+            }
         self._append(Vector(**fields), first, task.first_block + start)
 
 

@@ -31,10 +31,18 @@ class Footprint:
 def footprint(instruction: Instruction, config: EngineConfig, offsets: Sequence[int] = ()) -> Footprint:
     """What `instruction` touches. `offsets`: the write descriptors' offsets of a Matrix instruction."""
     if isinstance(instruction, Load):  # and Store
-        local = _loops(instruction.address, (instruction.planes, instruction.plane_words),
-                       (instruction.rows, instruction.row_words), (instruction.run, 1))
-        remote = _loops(instruction.offset // config.lanes, (instruction.planes, instruction.plane_bytes // config.lanes),
-                        (instruction.rows, instruction.row_bytes // config.lanes), (instruction.run, 1))
+        local = _loops(
+            instruction.address,
+            (instruction.planes, instruction.plane_words),
+            (instruction.rows, instruction.row_words),
+            (instruction.run, 1),
+        )
+        remote = _loops(
+            instruction.offset // config.lanes,
+            (instruction.planes, instruction.plane_bytes // config.lanes),
+            (instruction.rows, instruction.row_bytes // config.lanes),
+            (instruction.run, 1),
+        )
         if isinstance(instruction, Store):
             return Footprint(local, NOTHING, None, (instruction.base, remote))
         return Footprint(NOTHING, local, (instruction.base, remote), None)
@@ -78,8 +86,11 @@ def _positions(op: Matrix | Vector) -> np.ndarray:
 
 def _matrix(op: Matrix, config: EngineConfig, offsets: Sequence[int]) -> Footprint:
     words = op.kernel_y * op.kernel_x * op.blocks * config.columns // 2 * (2 if op.wide else 1)
-    reads = [_source(op), op.parameters + np.arange(op.tiles * config.tile_parameter_words),
-             op.weights + np.arange(op.tiles * words)]
+    reads = [
+        _source(op),
+        op.parameters + np.arange(op.tiles * config.tile_parameter_words),
+        op.weights + np.arange(op.tiles * words),
+    ]
     unique = np.unique(np.asarray(offsets, np.int64))
     writes = (_positions(op)[:, None] + unique).ravel() % ADDRESS_SPACE
     return Footprint(np.concatenate(reads), writes)

@@ -56,7 +56,9 @@ class Window:
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         (ky, kx), (sy, sx), (dy, dx), (top, left, bottom, right) = self.kernel, self.stride, self.dilation, self.padding
-        return (height + top + bottom - dy * (ky - 1) - 1) // sy + 1, (width + left + right - dx * (kx - 1) - 1) // sx + 1
+        return (height + top + bottom - dy * (ky - 1) - 1) // sy + 1, (
+            width + left + right - dx * (kx - 1) - 1
+        ) // sx + 1
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,9 @@ class Graph:
         lines = [f"graph {self.name}"]
         lines += [f"  input {name} {_describe(self.tensors[name])}" for name in self.inputs]
         for op in self.ops:
-            lines.append(f"  {op.output} {_describe(self.tensors[op.output])} = {type(op).__name__}({', '.join(op.inputs)})")
+            lines.append(
+                f"  {op.output} {_describe(self.tensors[op.output])} = {type(op).__name__}({', '.join(op.inputs)})"
+            )
         lines += [f"  output {name}" for name in self.outputs]
         return "\n".join(lines)
 

@@ -28,7 +28,6 @@ from weft.compiler.graph import (
     Depthwise,
     Graph,
     MaxPool,
-    Op,
     Requantize,
     Tensor,
     Upsample,
@@ -313,7 +312,7 @@ class _Importer:
             bias = self.reals(node, bias_input, "bias").ravel()
             if len(bias) != count:
                 raise Unsupported(f"{len(bias)} biases for {count} output channels", "export the model again")
-        kind: type[Op]
+        kind: type[Conv | Depthwise]  # or a deformable one of them
         fields: dict[str, Any] = {"window": window, "bits": bits}
         if deformable is None:
             kind = Conv if full else Depthwise

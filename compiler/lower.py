@@ -5,7 +5,7 @@ Decides which unit computes what and in which lane every channel lives; knows no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -60,7 +60,7 @@ class Buffer:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What a task reads of a buffer: output rows [a, b) need its rows [a*stride + first, (b-1)*stride + first + span)."""
+    """What a task reads: output rows [a, b) need the buffer's rows [a*stride + first, (b-1)*stride + first + span)."""
 
     buffer: Buffer
     stride: int
@@ -97,6 +97,10 @@ class Task:
     is_piece: bool = field(default=False, kw_only=True)  # some tiles or blocks of a layer too large to do at once
 
     @property
+    def operands(self) -> list[Source | Target]:
+        return [*self.sources, *self.targets]
+
+    @property
     def parts(self) -> int:
         """Output tiles or blocks that the task can be cut into."""
         return 1
@@ -111,7 +115,7 @@ class MatrixTask(Task):
     weight: np.ndarray
     wide: bool
     requantize: Requantize  # arrays of length tiles*C
-    regions: dict[object, Buffer]  # region of a Write -> its buffer
+    regions: dict[Hashable, Buffer]  # region of a Write -> its buffer
     upsample: int
     first_tile: int = 0  # position of tiles[0] in the whole layer
 
@@ -149,7 +153,7 @@ class Lowered:
     outputs: dict[str, tuple[Buffer, tuple[int, ...]]] = field(default_factory=dict)  # name -> buffer, lane of channel
 
 
-Readers = dict[Origin, list[object]]
+Readers = dict[Origin, list[Hashable]]
 
 
 class _Lowering:
@@ -157,9 +161,9 @@ class _Lowering:
         self.graph, self.config, self.result = graph, config, Lowered()
         self.upsampled: dict[str, str] = {}  # conv output -> the tensor it is written as
         self.origins: dict[str, list[Origin]] = {}
-        self.regions: dict[object, Region] = {}
-        self.buffers: dict[object, Buffer] = {}
-        self.demands: dict[tuple[str, int], object] = {}  # (operator output, operand) -> region key
+        self.regions: dict[Hashable, Region] = {}
+        self.buffers: dict[Hashable, Buffer] = {}
+        self.demands: dict[tuple[str, int], Hashable] = {}  # (operator output, operand) -> region key
         self.readers: Readers = {}
 
     def run(self) -> Lowered:
@@ -179,8 +183,11 @@ class _Lowering:
             if isinstance(op, Upsample) and op.factor == 2:
                 source = op.inputs[0]
                 producer = self.graph.producer(source)
-                if (type(producer) in (Conv, DeformConv) and len(self.graph.consumers(source)) == 1
-                        and source not in self.graph.outputs):
+                if (
+                    type(producer) in (Conv, DeformConv)
+                    and len(self.graph.consumers(source)) == 1
+                    and source not in self.graph.outputs
+                ):
                     self.upsampled[source] = op.output
 
     def _trace_origins(self) -> None:
@@ -188,12 +195,14 @@ class _Lowering:
             self.origins[name] = [(name, c) for c in range(self.graph.tensors[name].channels)]
         for op in self.graph.ops:
             if isinstance(op, Channels):
-                self.origins[op.output] = [self.origins[op.inputs[s]][i] for s, i in zip(op.source, op.index, strict=True)]
+                self.origins[op.output] = [
+                    self.origins[op.inputs[s]][i] for s, i in zip(op.source, op.index, strict=True)
+                ]
             else:
                 self.origins[op.output] = [(op.output, c) for c in range(self.graph.tensors[op.output].channels)]
 
     def _collect_demands(self) -> None:
-        """Gives every operand a region key: its set of channels, and their order where lanes are addressed by number."""
+        """Gives every operand a region key: its channels, and their order where lanes are addressed by number."""
         outputs: dict[tuple[int, int, bool], list[Origin]] = {}
         for name in self.graph.outputs:
             tensor = self.graph.tensors[name]
@@ -216,7 +225,10 @@ class _Lowering:
                 self._demand((op.output, operand), name, ordered)
 
     def _on_vector(self, name: str) -> bool:
-        return isinstance(self.graph.producer(name), (Depthwise, MaxPool, Add, Upsample)) and name not in self.upsampled.values()
+        return (
+            isinstance(self.graph.producer(name), (Depthwise, MaxPool, Add, Upsample))
+            and name not in self.upsampled.values()
+        )
 
     def _is_fused(self, op: Op) -> bool:
         return isinstance(op, Upsample) and op.output in self.upsampled.values()
@@ -228,7 +240,7 @@ class _Lowering:
         keys = {key for channel in self.origins[op.output] for key in self.readers.get(channel, [])}
         return next((key for key in keys if self.regions[key].order is not None), None)
 
-    def _demand(self, consumer: tuple[str, int], name: str, ordered: bool) -> object:
+    def _demand(self, consumer: tuple[str, int], name: str, ordered: bool) -> Hashable:
         channels = self.origins[name]
         if len(set(channels)) != len(channels):
             raise ModelError(f"'{consumer[0]}' reads a channel of '{name}' twice; duplicate it by a convolution")
@@ -239,7 +251,9 @@ class _Lowering:
             self._register(key, channels, channels if ordered else None, tensor.unsigned, name)
         return key
 
-    def _register(self, key: object, channels: list[Origin], order: list[Origin] | None, unsigned: bool, name: str) -> None:
+    def _register(
+        self, key: Hashable, channels: list[Origin], order: list[Origin] | None, unsigned: bool, name: str
+    ) -> None:
         word = self.config.lanes
         tensor = self.graph.tensors[channels[0][0]]
         region = Region(self.config.columns, -(-len(channels) // word) * word, order)
@@ -279,13 +293,26 @@ class _Lowering:
         arranged[..., [at[origin] for origin in self.origins[name]]] = weight
         return arranged
 
-    def _layer(self, op: Op, operation: str, unit: Unit, output: str, channel_of: list[int], upsample: int = 1,
-               **extra: int) -> int:
+    def _layer(
+        self, op: Op, operation: str, unit: Unit, output: str, channel_of: list[int], upsample: int = 1, **extra: int
+    ) -> int:
         """Registers a layer and returns its tag."""
         tensor = self.graph.tensors[op.output]
-        self.result.layers.append(Layer(op.name, operation, output, unit.name.lower(), tensor.height, tensor.width,
-                                        len([c for c in channel_of if c >= 0]), tuple(channel_of), tensor.unsigned,
-                                        upsample, **extra))
+        self.result.layers.append(
+            Layer(
+                op.name,
+                operation,
+                output,
+                unit.name.lower(),
+                tensor.height,
+                tensor.width,
+                len([c for c in channel_of if c >= 0]),
+                tuple(channel_of),
+                tensor.unsigned,
+                upsample,
+                **extra,
+            )
+        )
         return len(self.result.layers) - 1
 
     def _matrix(self, op: Conv, source: Buffer, window: Window, weight: np.ndarray) -> None:
@@ -294,44 +321,83 @@ class _Lowering:
         channels = self.origins[written]
         readers = {channel: tuple(self.readers.get(channel, ())) for channel in channels}
         if unread := [c for c in channels if not readers[c]]:
-            raise ModelError(f"'{op.name}': channel {unread[0][1]} of its output is never read; remove it from the model")
+            raise ModelError(
+                f"'{op.name}': channel {unread[0][1]} of its output is never read; remove it from the model"
+            )
         tiles = place(readers, self.regions, self.config.columns, self.config.max_writes // factor**2)
         order = [-1 if channel is None else channel[1] for tile in tiles for channel in tile.channels]
         picked, real = np.array(order), np.array(order) >= 0
         req = op.requantize
         regions = {key: self.buffers[key] for keys in readers.values() for key in keys}
         tensor = self.graph.tensors[op.output]
-        tag = self._layer(op, _operation(op), Unit.MATRIX, op.output, order, factor, macs=self.graph.macs(op),
-                          weight_bits=op.bits)
+        tag = self._layer(
+            op, _operation(op), Unit.MATRIX, op.output, order, factor, macs=self.graph.macs(op), weight_bits=op.bits
+        )
         word = self.config.lanes
         targets = []
         for key, buffer in regions.items():
             slots = [w.slot for tile in tiles for w in tile.writes if w.region == key]
             low, high = (s * self.config.columns // word for s in (min(slots), max(slots)))
             targets.append(Target(buffer, factor, range(low, high + 1)))
-        self.result.tasks.append(MatrixTask(
-            op.name, tag, Unit.MATRIX, tensor.height, tensor.width,
-            [_grid_source(source, window)], targets, window, tiles, np.where(real[:, None, None, None], weight[picked], 0),
-            op.bits == 8, replace(req, bias=np.where(real, req.bias[picked], 0), mult=np.where(real, req.mult[picked], 0),
-                                  shift=np.where(real, req.shift[picked], 0)), regions, factor))
+        self.result.tasks.append(
+            MatrixTask(
+                op.name,
+                tag,
+                Unit.MATRIX,
+                tensor.height,
+                tensor.width,
+                [_grid_source(source, window)],
+                targets,
+                window,
+                tiles,
+                np.where(real[:, None, None, None], weight[picked], 0),
+                op.bits == 8,
+                replace(
+                    req,
+                    bias=np.where(real, req.bias[picked], 0),
+                    mult=np.where(real, req.mult[picked], 0),
+                    shift=np.where(real, req.shift[picked], 0),
+                ),
+                regions,
+                factor,
+            )
+        )
 
     def _stem(self, op: Conv) -> None:
-        """A convolution on the raw image: the vector unit packs each window into one word, the matrix unit does the rest."""
+        """A convolution on the raw image: the vector unit packs each window into one word for the matrix unit."""
         image = self.graph.tensors[op.inputs[0]]
         (ky, kx), word = op.window.kernel, self.config.lanes
         depth = ky * kx * image.channels
         if depth > word or op.window.dilation[1] != 1:
-            raise ModelError(f"'{op.name}': a window of the image ({ky}x{kx}x{image.channels}) must fit one word of "
-                             f"{word} bytes, undilated; use a smaller kernel or an engine with more lanes")
+            raise ModelError(
+                f"'{op.name}': a window of the image ({ky}x{kx}x{image.channels}) must fit one word of "
+                f"{word} bytes, undilated; use a smaller kernel or an engine with more lanes"
+            )
         raw = self._image_buffer(image, op.window)
         out = self.graph.tensors[op.output]
-        packed = Buffer(f"{op.output}/packed", out.height, out.width,
-                        [(f"{op.output}/packed", i) for i in range(depth)], word, image.unsigned)
+        packed = Buffer(
+            f"{op.output}/packed",
+            out.height,
+            out.width,
+            [(f"{op.output}/packed", i) for i in range(depth)],
+            word,
+            image.unsigned,
+        )
         tag = self._layer(op, "pack", Unit.VECTOR, packed.name, [*range(depth), *([-1] * (word - depth))])
         window = replace(op.window, kernel=(ky, 1))
-        self.result.tasks.append(VectorTask(
-            f"{op.name}/pack", tag, Unit.VECTOR, out.height, out.width, [_grid_source(raw, window)],
-            [Target(packed, 1, range(1))], VectorOp.PACK, op.window))
+        self.result.tasks.append(
+            VectorTask(
+                f"{op.name}/pack",
+                tag,
+                Unit.VECTOR,
+                out.height,
+                out.width,
+                [_grid_source(raw, window)],
+                [Target(packed, 1, range(1))],
+                VectorOp.PACK,
+                op.window,
+            )
+        )
         weight = np.zeros((len(op.weight), 1, 1, word), np.int64)
         weight[:, 0, 0, :depth] = op.weight.reshape(len(op.weight), -1)
         self._matrix(op, packed, POINT, weight)
@@ -341,10 +407,13 @@ class _Lowering:
         border = window.padding[1]
         columns = max(image.width + border, (out_width - 1) * window.stride[1] + window.kernel[1])
         row_bytes = -(-columns * image.channels // self.config.lanes) * self.config.lanes
-        tensor = InputTensor(image.name, 0, image.height, image.width, image.channels, row_bytes, border, image.unsigned,
-                             image.scale)
+        tensor = InputTensor(
+            image.name, 0, image.height, image.width, image.channels, row_bytes, border, image.unsigned, image.scale
+        )
         if self.result.image is None:
-            self.result.image = Buffer(image.name, image.height, image.width, [], self.config.lanes, image.unsigned, tensor)
+            self.result.image = Buffer(
+                image.name, image.height, image.width, [], self.config.lanes, image.unsigned, tensor
+            )
         elif self.result.image.image != tensor:
             raise ModelError("two convolutions read the image with different padding; give them the same")
         return self.result.image
@@ -355,13 +424,28 @@ class _Lowering:
         ky, kx = op.window.kernel
         taps, lanes = ky * kx, source.blocks * source.word
         name = f"{op.output}/columns"
-        columns = Buffer(name, out.height, out.width, [(name, i) for i in range(taps * lanes)], source.word, source.unsigned)
+        columns = Buffer(
+            name, out.height, out.width, [(name, i) for i in range(taps * lanes)], source.word, source.unsigned
+        )
         tag = self._layer(op, "deform columns", Unit.VECTOR, name, list(range(taps * lanes)))
-        self.result.tasks.append(VectorTask(
-            f"{op.name}/columns", tag, Unit.VECTOR, out.height, out.width, self._deform_sources(op, source),
-            [Target(columns, 1, range(columns.blocks))], VectorOp.COLUMNS, op.window, sampling=op.deformable.sampling,
-            fraction=op.deformable.fraction))
-        arranged = self._arrange(op.weight, source, op.inputs[0]).reshape(len(op.weight), taps, source.blocks, source.word)
+        self.result.tasks.append(
+            VectorTask(
+                f"{op.name}/columns",
+                tag,
+                Unit.VECTOR,
+                out.height,
+                out.width,
+                self._deform_sources(op, source),
+                [Target(columns, 1, range(columns.blocks))],
+                VectorOp.COLUMNS,
+                op.window,
+                sampling=op.deformable.sampling,
+                fraction=op.deformable.fraction,
+            )
+        )
+        arranged = self._arrange(op.weight, source, op.inputs[0]).reshape(
+            len(op.weight), taps, source.blocks, source.word
+        )
         # Taps of a block stand together, so that the sampling can be cut by blocks.
         self._matrix(op, columns, POINT, arranged.transpose(0, 2, 1, 3).reshape(len(arranged), 1, 1, taps * lanes))
 
@@ -385,15 +469,34 @@ class _Lowering:
         target = self._vector_target(op, order)
         picked, real = np.array(order), np.array(order) >= 0
         task = VectorTask(
-            op.name, self._layer(op, _operation(op), Unit.VECTOR, op.output, order, macs=self.graph.macs(op),
-                                 weight_bits=getattr(op, "bits", 0)),
-            Unit.VECTOR, tensor.height, tensor.width, [], [Target(target, 1, range(target.blocks))], VectorOp.MULTIPLY, POINT)
+            op.name,
+            self._layer(
+                op,
+                _operation(op),
+                Unit.VECTOR,
+                op.output,
+                order,
+                macs=self.graph.macs(op),
+                weight_bits=getattr(op, "bits", 0),
+            ),
+            Unit.VECTOR,
+            tensor.height,
+            tensor.width,
+            [],
+            [Target(target, 1, range(target.blocks))],
+            VectorOp.MULTIPLY,
+            POINT,
+        )
         if isinstance(op, MaxPool):
             task.operation, task.window = VectorOp.MAXIMUM, op.window
         else:
             req = op.requantize
-            task.requantize = replace(req, bias=np.where(real, req.bias[picked], 0),
-                                      mult=np.where(real, req.mult[picked], 0), shift=np.where(real, req.shift[picked], 0))
+            task.requantize = replace(
+                req,
+                bias=np.where(real, req.bias[picked], 0),
+                mult=np.where(real, req.mult[picked], 0),
+                shift=np.where(real, req.shift[picked], 0),
+            )
         if isinstance(op, Depthwise):
             task.window = op.window
             task.weight = np.where(real[:, None, None], op.weight[picked].astype(np.int64), 0)
@@ -412,12 +515,16 @@ class _Lowering:
         """The one buffer that a vector operator fills, its lanes decided by the operator's source."""
         keys = list(dict.fromkeys(key for channel in self.origins[op.output] for key in self.readers.get(channel, [])))
         if len(keys) != 1 or any(len(self.readers.get(channel, [])) != 1 for channel in self.origins[op.output]):
-            raise ModelError(f"'{op.name}': its output is read in different selections of channels; "
-                             "insert a 1x1 convolution after it")
+            raise ModelError(
+                f"'{op.name}': its output is read in different selections of channels; "
+                "insert a 1x1 convolution after it"
+            )
         buffer, region = self.buffers[keys[0]], self.regions[keys[0]]
         if region.order is not None and [self.origins[op.output][c] for c in order if c >= 0] != list(region.order):
-            raise ModelError(f"'{op.name}': a reader of its output wants the channels in another order; "
-                             "insert a 1x1 convolution after it")
+            raise ModelError(
+                f"'{op.name}': a reader of its output wants the channels in another order; "
+                "insert a 1x1 convolution after it"
+            )
         buffer.lanes[:] = [None if c < 0 else (op.output, c) for c in order]
         return buffer
 
@@ -433,22 +540,38 @@ class _Lowering:
         small = replace(op, output=op.inputs[0])
         for phase in ((0, 0), (0, 1), (1, 0), (1, 1)):
             tag = self._layer(small, "upsample", Unit.VECTOR, f"{op.output}/{phase[0]}{phase[1]}", order)
-            self.result.tasks.append(VectorTask(
-                f"{op.name}/{phase[0]}{phase[1]}", tag, Unit.VECTOR, tensor.height, tensor.width,
-                [_grid_source(source, POINT)], [Target(target, 2, range(target.blocks))], VectorOp.MAXIMUM, POINT,
-                phase=phase))
+            self.result.tasks.append(
+                VectorTask(
+                    f"{op.name}/{phase[0]}{phase[1]}",
+                    tag,
+                    Unit.VECTOR,
+                    tensor.height,
+                    tensor.width,
+                    [_grid_source(source, POINT)],
+                    [Target(target, 2, range(target.blocks))],
+                    VectorOp.MAXIMUM,
+                    POINT,
+                    phase=phase,
+                )
+            )
 
     def _finish_outputs(self) -> None:
         for name in self.graph.outputs:
-            buffer = next(buffer for buffer in self.buffers.values()
-                          if buffer.is_output and self.origins[name][0] in buffer.lanes)
+            buffer = next(
+                buffer for buffer in self.buffers.values() if buffer.is_output and self.origins[name][0] in buffer.lanes
+            )
             at = {origin: lane for lane, origin in enumerate(buffer.lanes) if origin is not None}
             self.result.outputs[name] = (buffer, tuple(at[origin] for origin in self.origins[name]))
 
 
 def _grid_source(buffer: Buffer, window: Window) -> Source:
-    return Source(buffer, window.stride[0], -window.padding[0], (window.kernel[0] - 1) * window.dilation[0] + 1,
-                  range(buffer.blocks))
+    return Source(
+        buffer,
+        window.stride[0],
+        -window.padding[0],
+        (window.kernel[0] - 1) * window.dilation[0] + 1,
+        range(buffer.blocks),
+    )
 
 
 def _operation(op: Op) -> str:
@@ -464,12 +587,3 @@ def _operation(op: Op) -> str:
 def lower(graph: Graph, config: EngineConfig) -> Lowered:
     """Tasks of `graph` for `config`. Raises ModelError for what the engine cannot express."""
     return _Lowering(graph, config).run()
-
-
-def iterate_buffers(tasks: list[Task]) -> Iterator[Buffer]:
-    """Every buffer once, in order of first use."""
-    seen: dict[int, Buffer] = {}
-    for task in tasks:
-        for item in (*task.sources, *task.targets):
-            seen.setdefault(id(item.buffer), item.buffer)
-    yield from seen.values()

@@ -13,13 +13,13 @@ first. Weights are loaded one segment ahead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from weft.arch.config import EngineConfig
 from weft.arch.errors import ModelError
-from weft.arch.isa import Sampling, Unit
+from weft.arch.isa import Sampling, Unit, VectorOp
 from weft.arch.program import Segment as MemorySegment
 from weft.compiler.lower import Buffer, Lowered, MatrixTask, Source, Target, Task, VectorTask
 
@@ -132,12 +132,16 @@ class _Use:
 class _Planner:
     def __init__(self, lowered: Lowered, config: EngineConfig, weight_words: dict[Task, int]) -> None:
         self.config, self.weight_words = config, weight_words
-        self.groups = [_Group([task]) for task in _with_output_stores(lowered)]
+        self.groups = _initial_groups(_with_output_stores(lowered))
         self.in_memory: set[Buffer] = set()
         self.apart: set[Buffer] = set()  # buffers that are not to become rings (again)
         self.component = _components(task for group in self.groups for task in group.tasks)
-        self.gathered = {task.sources[0].buffer for group in self.groups for task in group.tasks
-                         if isinstance(task, VectorTask) and task.sampling == Sampling.OFFSETS}
+        self.gathered = {
+            task.sources[0].buffer
+            for group in self.groups
+            for task in group.tasks
+            if isinstance(task, VectorTask) and task.sampling == Sampling.OFFSETS
+        }
 
     def run(self) -> MemoryPlan:
         while True:
@@ -151,7 +155,7 @@ class _Planner:
 
     @cached_property
     def _pitch(self) -> dict[Buffer, int]:
-        """Words from row to row: equal for buffers with a common producer, conflict-free where four neighbours are read."""
+        """Words from row to row: equal within a component, free of conflicts where four neighbours are read."""
         pitch = {}
         for members in self.component.values():
             width = max(buffer.row_words for buffer in members)
@@ -186,8 +190,11 @@ class _Planner:
                 if not (isinstance(task, StoreTask) and task.sources[0].buffer in self.in_memory):
                     segment.tasks.append(task)
             transfers = self._transfers(segment.tasks)
-            segment.tasks = [t for t in transfers if isinstance(t, LoadTask)] + segment.tasks + [
-                t for t in transfers if isinstance(t, StoreTask)]
+            segment.tasks = (
+                [t for t in transfers if isinstance(t, LoadTask)]
+                + segment.tasks
+                + [t for t in transfers if isinstance(t, StoreTask)]
+            )
             streaming = bool(transfers) or len(group.tasks) > 1
             for task in segment.tasks:
                 segment.strip[task] = self._strip(task, streaming, group.strip_pixels)
@@ -204,7 +211,7 @@ class _Planner:
             for buffer, storage in segment.storage.items():  # one address serves all writes of a producer
                 storage.rows = max(segment.storage[b].rows for b in self.component[buffer] if b in segment.storage)
             for task in segment.tasks:
-                if words := self.weight_words.get(task):
+                if (words := self.weight_words.get(task)) and isinstance(task, MatrixTask | VectorTask):
                     weight = WeightStorage(task, words)
                     segment.weights.append(weight)
                     items.append((weight, max(0, index - group.prefetch), index))
@@ -224,13 +231,24 @@ class _Planner:
             for source in task.sources:
                 if (source.buffer in self.in_memory or source.buffer.image) and source.buffer not in written:
                     have = wanted.get(source.buffer, source.blocks)
-                    wanted[source.buffer] = range(min(have.start, source.blocks.start), max(have.stop, source.blocks.stop))
+                    wanted[source.buffer] = range(
+                        min(have.start, source.blocks.start), max(have.stop, source.blocks.stop)
+                    )
             for target in task.targets:
                 if target.buffer in self.in_memory:
                     transfers.append(self._store(task, target))
         loads: list[Task] = [
-            LoadTask(f"load {buffer.name}", tag_of[buffer], Unit.LOAD, buffer.height, buffer.row_words, [],
-                     [Target(buffer, 1, blocks)]) for buffer, blocks in wanted.items()]
+            LoadTask(
+                f"load {buffer.name}",
+                tag_of[buffer],
+                Unit.LOAD,
+                buffer.height,
+                buffer.row_words,
+                [],
+                [Target(buffer, 1, blocks)],
+            )
+            for buffer, blocks in wanted.items()
+        ]
         return loads + transfers
 
     def _store(self, task: Task, target: Target) -> StoreTask:
@@ -245,8 +263,16 @@ class _Planner:
                         if task.regions[write.region] is target.buffer and write.slot // per_word == block:
                             mask |= write.mask << write.slot % per_word * self.config.columns
             masks.append(mask)
-        return StoreTask(f"store {target.buffer.name}", task.tag, Unit.STORE, target.buffer.height, target.buffer.width,
-                         [Source(target.buffer, 1, 0, 1, target.blocks)], [], tuple(masks))
+        return StoreTask(
+            f"store {target.buffer.name}",
+            task.tag,
+            Unit.STORE,
+            target.buffer.height,
+            target.buffer.width,
+            [Source(target.buffer, 1, 0, 1, target.blocks)],
+            [],
+            tuple(masks),
+        )
 
     def _strip(self, task: Task, streaming: bool, pixels: int) -> int:
         """Rows that a task does at a time."""
@@ -257,24 +283,37 @@ class _Planner:
 
     def _window(self, buffer: Buffer, segment: Segment, slack: int) -> Storage:
         """A sliding window with room for the widest reader and `slack` strips of its producer."""
-        reads = [(source, segment.strip[task]) for task in segment.tasks for source in task.sources
-                 if source.buffer is buffer]
-        writes = [(target, segment.strip[task]) for task in segment.tasks for target in task.targets
-                  if target.buffer is buffer]
+        reads = [
+            (source, segment.strip[task])
+            for task in segment.tasks
+            for source in task.sources
+            if source.buffer is buffer
+        ]
+        writes = [
+            (target, segment.strip[task])
+            for task in segment.tasks
+            for target in task.targets
+            if target.buffer is buffer
+        ]
         window = max((source.stride * (strip - 1) + source.span for source, strip in reads), default=0)
         factor = max(target.factor for target, _ in writes)
         rows = window + max(slack * strip * target.factor for target, strip in writes)
         rows = min(-(-rows // factor) * factor, buffer.height)
-        blocks = [item.blocks for item, _ in (*reads, *writes)]
-        return Storage(buffer, range(min(b.start for b in blocks), max(b.stop for b in blocks)), self._pitch[buffer], rows)
+        blocks = [source.blocks for source, _ in reads] + [target.blocks for target, _ in writes]
+        return Storage(
+            buffer, range(min(b.start for b in blocks), max(b.stop for b in blocks)), self._pitch[buffer], rows
+        )
 
     # -- making it fit
 
     def _relieve(self, crowded: int) -> None:
         """Changes one thing for the better at a segment that does not fit, or raises ModelError."""
         uses = self._uses()
-        live = [b for b, use in uses.items() if b not in self.in_memory and not b.image
-                and use.span[0] <= crowded <= use.span[1]]
+        live = [
+            b
+            for b, use in uses.items()
+            if b not in self.in_memory and not b.image and use.span[0] <= crowded <= use.span[1]
+        ]
         if self._fuse(live, uses) or self._move_out(live, uses):
             return
         group = self.groups[crowded]
@@ -299,7 +338,8 @@ class _Planner:
         names = ", ".join(task.name for task in group.tasks)
         raise ModelError(
             f"'{names}' does not fit the scratchpad of {self.config.pool_words} words of engine '{self.config.name}', "
-            "not even row by row; use a narrower image, fewer channels or an engine with a larger scratchpad")
+            "not even row by row; use a narrower image, fewer channels or an engine with a larger scratchpad"
+        )
 
     def _fuse(self, live: list[Buffer], uses: dict[Buffer, _Use]) -> bool:
         """Joins the segments around the largest buffer that then needs a few rows only."""
@@ -310,13 +350,23 @@ class _Planner:
             last = max(uses[b].span[1] for b in members)
             tasks = [task for group in self.groups[first : last + 1] for task in group.tasks]
             weights = sum(self.weight_words.get(task, 0) for task in tasks)
-            if (self.apart.intersection(members) or any(task.is_piece for task in tasks)
-                    or first == last or last - first >= FUSE_SPAN or weights > self.config.pool_words // 3
-                    or any(isinstance(task, StoreTask) for task in tasks) or _reads_own_memory(tasks, self.in_memory)):
+            if (
+                self.apart.intersection(members)
+                or any(task.is_piece for task in tasks)
+                or first == last
+                or last - first >= FUSE_SPAN
+                or weights > self.config.pool_words // 3
+                or any(isinstance(task, StoreTask) for task in tasks)
+                or _reads_own_memory(tasks, self.in_memory)
+            ):
                 continue
             gain = len(members) * buffer.blocks * buffer.height * self._pitch[buffer]
-            rows = max((self._strip(t, True, STRIP_PIXELS) - 1) * s.stride + s.span + 2 * self._strip(t, True, STRIP_PIXELS)
-                       for t in tasks for s in t.sources if s.buffer in members)
+            rows = max(
+                (self._strip(t, True, STRIP_PIXELS) - 1) * s.stride + s.span + 2 * self._strip(t, True, STRIP_PIXELS)
+                for t in tasks
+                for s in t.sources
+                if s.buffer in members
+            )
             if rows * 4 > buffer.height * 3:
                 continue
             if best is None or gain > best[0]:
@@ -340,10 +390,15 @@ class _Planner:
         best: tuple[float, int, Buffer] | None = None
         for buffer in live:
             members = self.component[buffer]
-            tasks = [task for b in members for i in range(uses[b].span[0], uses[b].span[1] + 1)
-                     for task in self.groups[i].tasks]
+            tasks = [
+                task
+                for b in members
+                for i in range(uses[b].span[0], uses[b].span[1] + 1)
+                for task in self.groups[i].tasks
+            ]
             if any(uses[b].span[0] == uses[b].span[1] for b in members) or _reads_own_memory(
-                    tasks, self.in_memory | set(members), self.groups):
+                tasks, self.in_memory | set(members), self.groups
+            ):
                 continue
             words = {b: b.blocks * b.height * self._pitch[b] for b in members}
             traffic = sum(words[b] * (len(uses[b].produced) + len(uses[b].read) - 2 * b.is_output) for b in members)
@@ -380,13 +435,36 @@ def _with_output_stores(lowered: Lowered) -> list[Task]:
     for buffer in outputs:
         last = max(i for i, task in enumerate(tasks) if any(t.buffer is buffer for t in task.targets))
         masks = ((1 << buffer.word) - 1,) * buffer.blocks
-        tasks.insert(last + 1, StoreTask(f"store {buffer.name}", tasks[last].tag, Unit.STORE, buffer.height, buffer.width,
-                                         [Source(buffer, 1, 0, 1, range(buffer.blocks))], [], masks))
+        tasks.insert(
+            last + 1,
+            StoreTask(
+                f"store {buffer.name}",
+                tasks[last].tag,
+                Unit.STORE,
+                buffer.height,
+                buffer.width,
+                [Source(buffer, 1, 0, 1, range(buffer.blocks))],
+                [],
+                masks,
+            ),
+        )
     return tasks
 
 
+def _initial_groups(tasks: list[Task]) -> list[_Group]:
+    """One task a segment, but an image that streams in is packed and convolved by turns."""
+    groups: list[_Group] = []
+    for task in tasks:
+        before = groups[-1].tasks[-1] if groups else None
+        if isinstance(before, VectorTask) and before.operation == VectorOp.PACK and not task.is_piece:
+            groups[-1].tasks.append(task)
+        else:
+            groups.append(_Group([task]))
+    return groups
+
+
 def _components(tasks: Iterable[Task]) -> dict[Buffer, list[Buffer]]:
-    """Buffers with a common producer, and both operands of an addition, share row pitch and window: one address serves."""
+    """Buffers with a common producer, or added to each other, share pitch and window: one address serves them."""
     component: dict[Buffer, list[Buffer]] = {}
     for task in tasks:
         touched = [item.buffer for item in task.targets]
@@ -403,7 +481,7 @@ def _components(tasks: Iterable[Task]) -> dict[Buffer, list[Buffer]]:
 
 
 def _touched(tasks: Sequence[Task]) -> list[Buffer]:
-    return list(dict.fromkeys(item.buffer for task in tasks for item in (*task.sources, *task.targets)))
+    return list(dict.fromkeys(item.buffer for task in tasks for item in task.operands))
 
 
 def _reads_own_memory(tasks: Sequence[Task], in_memory: set[Buffer], groups: Sequence[_Group] | None = None) -> bool:
@@ -441,7 +519,7 @@ def _allocate(items: list[tuple[Storage | WeightStorage, int, int]], words: int)
     return max(load, key=lambda index: load[index])
 
 
-def chunked(lowered: Lowered, config: EngineConfig, words_per_tile: dict[Task, int]) -> Lowered:
+def chunked(lowered: Lowered, config: EngineConfig, words_per_tile: Mapping[MatrixTask, int]) -> Lowered:
     """Cuts tasks whose weights, or whose whole maps, are too large to stand beside their neighbours'."""
     limit = config.pool_words // 4
     tasks: list[Task] = []
@@ -451,7 +529,9 @@ def chunked(lowered: Lowered, config: EngineConfig, words_per_tile: dict[Task, i
             count = max(1, limit // words_per_tile[task])
             if count > per_word:  # whole words where possible
                 count -= count % per_word
-            tasks += [_tiles(task, start, min(start + count, task.parts), config) for start in range(0, task.parts, count)]
+            tasks += [
+                _tiles(task, start, min(start + count, task.parts), config) for start in range(0, task.parts, count)
+            ]
         elif isinstance(task, VectorTask) and task.sampling != Sampling.GRID:
             source = task.sources[0].buffer
             count = max(1, limit // (source.height * (source.width + 2)))
@@ -472,9 +552,16 @@ def _tiles(task: MatrixTask, start: int, stop: int, config: EngineConfig) -> Mat
         blocks = [w.slot // per_word for tile in tiles for w in tile.writes if task.regions[w.region] is target.buffer]
         if blocks:
             targets.append(replace(target, blocks=range(min(blocks), max(blocks) + 1)))
-    return replace(task, name=f"{task.name}[{start}:{stop}]", tiles=tiles, targets=targets, weight=task.weight[part],
-                   requantize=replace(req, bias=req.bias[part], mult=req.mult[part], shift=req.shift[part]),
-                   first_tile=start, is_piece=True)
+    return replace(
+        task,
+        name=f"{task.name}[{start}:{stop}]",
+        tiles=tiles,
+        targets=targets,
+        weight=task.weight[part],
+        requantize=replace(req, bias=req.bias[part], mult=req.mult[part], shift=req.shift[part]),
+        first_tile=start,
+        is_piece=True,
+    )
 
 
 def _blocks(task: VectorTask, start: int, stop: int) -> VectorTask:
@@ -484,12 +571,15 @@ def _blocks(task: VectorTask, start: int, stop: int) -> VectorTask:
     per_block = len(target.blocks) // len(source.blocks)  # a word for each tap in COLUMNS
     part, req = slice(start * source.buffer.word, stop * source.buffer.word), task.requantize
     return replace(
-        task, name=f"{task.name}[{start}:{stop}]",
+        task,
+        name=f"{task.name}[{start}:{stop}]",
         sources=[replace(source, blocks=range(start, stop)), *task.sources[1:]],
         targets=[replace(target, blocks=range(start * per_block, stop * per_block))],
         weight=None if task.weight is None else task.weight[part],
         requantize=req and replace(req, bias=req.bias[part], mult=req.mult[part], shift=req.shift[part]),
-        first_block=start, is_piece=True)
+        first_block=start,
+        is_piece=True,
+    )
 
 
 def plan_memory(lowered: Lowered, config: EngineConfig, weight_words: dict[Task, int]) -> MemoryPlan:

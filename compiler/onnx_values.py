@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from weft.compiler.graph import Op, Tensor
+from weft.compiler.graph import Add, Conv, Depthwise, Tensor
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Weights:
 class Sum:
     """An accumulator before its quantizer: real value = scale[c] * (weight . codes) + bias[c] within [low, high]."""
 
-    kind: type[Op]
+    kind: type[Conv | Depthwise | Add]
     name: str
     inputs: tuple[str, ...]
     height: int

@@ -36,15 +36,31 @@ def _program(graph: Graph, config: EngineConfig, lowered: Lowered, plan: MemoryP
     outputs = []
     for name, (buffer, lanes_of) in lowered.outputs.items():
         tensor = graph.tensors[name]
-        outputs.append(OutputTensor(name, plan.memory[buffer][1], tensor.height, tensor.width, config.lanes, lanes_of,
-                                    tensor.unsigned, tensor.scale))
+        outputs.append(
+            OutputTensor(
+                name,
+                plan.memory[buffer][1],
+                tensor.height,
+                tensor.width,
+                config.lanes,
+                lanes_of,
+                tensor.unsigned,
+                tensor.scale,
+            )
+        )
     image = lowered.image
     assert image is not None and image.image is not None
     inputs = (replace(image.image, name=graph.inputs[0]),)
     return Program(
-        config=config, fingerprint=config.fingerprint, model=graph.name,
+        config=config,
+        fingerprint=config.fingerprint,
+        model=graph.name,
         instructions=np.frombuffer(encoded, np.uint8).reshape(len(emitter.instructions), -1),
         constants=np.frombuffer(bytes(emitter.constants), np.uint8),
-        first_row=np.array(emitter.rows, np.int32), first_part=np.array(emitter.parts, np.int32),
+        first_row=np.array(emitter.rows, np.int32),
+        first_part=np.array(emitter.parts, np.int32),
         segment_bytes=(len(emitter.constants), plan.arena_bytes, inputs[0].size, plan.output_bytes),
-        inputs=inputs, outputs=tuple(outputs), layers=tuple(lowered.layers))
+        inputs=inputs,
+        outputs=tuple(outputs),
+        layers=tuple(lowered.layers),
+    )

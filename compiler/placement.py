@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-Channel = Hashable
+Channel = tuple  # (tensor, number)
 
 
 @dataclass
@@ -88,7 +88,8 @@ def _choose_columns(
     load = [0] * columns  # channels of this producer in each column: the tallest column is the number of tiles
     claimed: dict[tuple[Hashable, int], int] = {}  # lanes of a region's column spoken for by this producer
     for channel, group in readers.items():
-        pinned = {list(regions[r].order).index(channel) % columns for r in group if regions[r].order is not None}
+        orders = [order for r in group if (order := regions[r].order) is not None]
+        pinned = {list(order).index(channel) % columns for order in orders}
         if len(pinned) > 1:
             raise ValueError(f"channel {channel} is wanted in lanes of different columns")
         if pinned:
@@ -112,7 +113,9 @@ def _choose_columns(
 
 
 def _fill_tile(
-    waiting: dict[tuple[Hashable, ...], list[list[Channel]]], regions: dict[Hashable, Region], columns: int,
+    waiting: dict[tuple[Hashable, ...], list[list[Channel]]],
+    regions: dict[Hashable, Region],
+    columns: int,
     max_writes: int,
 ) -> Tile:
     """One tile from the waiting channels: the group that fills most columns first, as long as descriptors last."""
@@ -122,8 +125,9 @@ def _fill_tile(
         offers = {group: {c for c in empty if stacks[c]} for group, stacks in waiting.items()}
         placed = False
         for group in sorted(offers, key=lambda g: -len(offers[g])):
-            if offers[group] and (writes := _reserve(waiting[group], offers[group], group, regions,
-                                                     max_writes - len(tile.writes))):
+            if offers[group] and (
+                writes := _reserve(waiting[group], offers[group], group, regions, max_writes - len(tile.writes))
+            ):
                 for column, channel in writes.channels.items():
                     tile.channels[column] = channel
                     waiting[group][column].remove(channel)
@@ -145,7 +149,10 @@ class _Reservation:
 
 
 def _reserve(
-    stacks: list[list[Channel]], offer: set[int], group: tuple[Hashable, ...], regions: dict[Hashable, Region],
+    stacks: list[list[Channel]],
+    offer: set[int],
+    group: tuple[Hashable, ...],
+    regions: dict[Hashable, Region],
     budget: int,
 ) -> _Reservation | None:
     """Takes as many of the offered columns as one slot in every region of the group can hold."""

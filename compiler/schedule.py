@@ -22,7 +22,11 @@ def strips(segment: Segment) -> Iterator[tuple[Task, int, int]]:
         for task in segment.tasks:
             first = done[task]
             last = min(first + segment.strip[task], task.rows)
-            if first < task.rows and _inputs_ready(segment, before, task, first, last) and _room(segment, done, task, last):
+            if (
+                first < task.rows
+                and _inputs_ready(segment, before, task, first, last)
+                and _room(segment, done, task, last)
+            ):
                 yield task, first, last
                 done[task] = last
                 progress = True
@@ -47,7 +51,10 @@ def _room(segment: Segment, done: dict[Task, int], task: Task, last: int) -> boo
             continue
         for reader in segment.tasks:
             for source in reader.sources:
-                if (source.buffer is target.buffer and done[reader] < reader.rows
-                        and source.rows(done[reader], done[reader] + 1)[0] < oldest):
+                if (
+                    source.buffer is target.buffer
+                    and done[reader] < reader.rows
+                    and source.rows(done[reader], done[reader] + 1)[0] < oldest
+                ):
                     return False
     return True

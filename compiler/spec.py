@@ -177,5 +177,5 @@ def _check_offsets(op: DeformConv | DeformDepthwise, offsets: Tensor, out: Tenso
     _require(0 <= deformable.fraction <= FRACTION_BITS and offsets.scale == 2.0**-deformable.fraction, op,
              f"has offsets of scale {offsets.scale:g} with {deformable.fraction} fraction bits")
     _require(deformable.reach >= 0, op, f"has reach {deformable.reach}")
-    _require(not square or (ky % 2 and kx % 2 and op.window.dilation == (1, 1) and deformable.fraction == 0), op,
+    _require(not square or (ky * kx % 2 == 1 and op.window.dilation == (1, 1) and deformable.fraction == 0), op,
              "samples a square with an even kernel, a dilation or a fraction")

@@ -21,8 +21,11 @@ def verify(program: Program) -> None:
         raise ModelError(f"Program '{program.model}' does not end with END; compile it again")
     tokens = _Tokens(config)
     shadow = np.zeros((config.pool_words, config.lanes), np.uint8)  # constants, for the descriptors in them
-    hazards = Hazards(config, {int(s): program.segment_bytes[s] // config.lanes for s in (Segment.ARENA, Segment.OUTPUT)})
+    hazards = Hazards(
+        config, {int(s): program.segment_bytes[s] // config.lanes for s in (Segment.ARENA, Segment.OUTPUT)}
+    )
     for index, instruction in enumerate(instructions):
+
         def fail(reason: str, index: int = index, instruction: Instruction = instruction) -> None:
             raise ModelError(f"Program '{program.model}', instruction {index} ({instruction.listing()}): {reason}")
 
@@ -38,7 +41,10 @@ def verify(program: Program) -> None:
         for access in (touched.memory_reads, touched.memory_writes):
             if access is not None:
                 segment, words = access
-                if segment >= len(program.segment_bytes) or (words.max() + 1) * config.lanes > program.segment_bytes[segment]:
+                if (
+                    segment >= len(program.segment_bytes)
+                    or (words.max() + 1) * config.lanes > program.segment_bytes[segment]
+                ):
                     fail(f"leaves memory segment {segment}")
         if isinstance(instruction, Load) and instruction.unit == Unit.LOAD and instruction.base == Segment.CONSTANTS:
             source = program.constants.reshape(-1, config.lanes)
@@ -47,7 +53,9 @@ def verify(program: Program) -> None:
         tokens.step(instruction, fail)
         for other, needed in hazards.order(instruction.unit, touched).items():
             if tokens.known[instruction.unit][other] < needed:
-                fail(f"may run before instruction {needed} of the {other.name.lower()} unit, which touches the same words")
+                fail(
+                    f"may run before instruction {needed} of the {other.name.lower()} unit, which shares words"
+                )
 
 
 def _descriptor_offsets(instruction: Instruction, shadow: np.ndarray, config: EngineConfig) -> list[int]:
