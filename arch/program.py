@@ -164,7 +164,8 @@ class Program:
         """Raises ModelError unless this Program was compiled for `config`."""
         if self.fingerprint != config.fingerprint:
             raise ModelError(
-                f"Program '{self.model}' was compiled for engine '{self.config.name}' ({self.fingerprint}), "
+                f"Program '{self.model}' was compiled for engine '{self.config.name}' (fingerprint "
+                f"{self.fingerprint}), "
                 f"this engine is '{config.name}' ({config.fingerprint}); compile again with --engine {config.name}"
             )
 

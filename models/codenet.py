@@ -5,16 +5,15 @@ The image enters as codes `pixel - 128` of scale 1/128; the heads leave at 1/4 o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from weft.models.errors import ModelError
+from weft.arch.errors import ModelError
 from weft.models.layers import (
     DEFORM_VARIANTS,
     Activation,
@@ -29,7 +28,6 @@ from weft.models.layers import (
 
 INPUT_SCALE = 1 / 128
 HEADS = ("hm", "wh", "reg")
-DOWN_RATIO = 4
 
 
 @dataclass(frozen=True)
@@ -59,18 +57,13 @@ class CoDeNetConfig:
         if any(channels % 4 for channels in self.stages):
             raise ModelError(f"{self.name}: stage channels {self.stages} must be multiples of 4")
 
-    def to_json(self) -> str:
-        """JSON object with the fields as keys."""
-        return json.dumps(asdict(self), sort_keys=True)
-
     @classmethod
-    def from_json(cls, text: str) -> CoDeNetConfig:
-        """Inverse of `to_json`; ModelError if the text is no configuration."""
+    def from_dict(cls, fields: object) -> CoDeNetConfig:
+        """From the fields as JSON gives them back (lists for tuples); ModelError if they are no configuration."""
         try:
-            fields = json.loads(text)
             return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ModelError(f"not a CoDeNet configuration ({error}): {text[:80]!r}") from error
+        except (TypeError, AttributeError) as error:
+            raise ModelError(f"not a CoDeNet configuration ({error}): {str(fields)[:80]}") from error
 
 
 _WIDE = {"stages": (244, 488, 976), "conv5": 2153}
@@ -82,8 +75,8 @@ CONFIGS = {
         CoDeNetConfig("codenet-c"),
         CoDeNetConfig("codenet-d", **_WIDE),
         CoDeNetConfig("codenet-e", stem_pool=True, **_WIDE),
-        CoDeNetConfig("codenet-nano", size=128, classes=10, stem_channels=16, stem_pool=True, stages=(48, 96, 192),
-                      repeats=(2, 4, 2), conv5=256, decoder=(128, 64, 48), head=48),
+        CoDeNetConfig("codenet-nano", size=128, classes=10, stem_channels=16, stem_pool=True, stages=(64, 128, 256),
+                      repeats=(2, 2, 2), conv5=256, decoder=(128, 64, 32), head=32),
     )
 }  # fmt: skip
 
@@ -187,7 +180,7 @@ class Head(nn.Module):
 
 
 class CoDeNet(nn.Module):
-    """image [N, 3, S, S] float (pixel - 128) / 128 -> (hm [N, classes, S/4, S/4] logits, wh [N, 2, ..], reg [N, 2, ..]).
+    """Image [N, 3, S, S], float (pixel - 128) / 128 -> hm [N, classes, S/4, S/4] logits, wh and reg [N, 2, S/4, S/4].
 
     wh and reg are in units of output pixels. Quantized after `fold`, `calibrate` and `quantize`.
     """
@@ -329,7 +322,7 @@ def tensor_name(path: str) -> str:
 
 @torch.no_grad()
 def random_model(config: CoDeNetConfig, images: np.ndarray, seed: int = 0) -> CoDeNet:
-    """A quantized member with random weights for benchmarks: batch norm statistics and scales fit `images` (uint8 NHWC).
+    """A quantized member with random weights, for benchmarks; batch norm and scales fit `images` (uint8 NHWC).
 
     Offsets vary over the image: their convolution gets weights that spread them over a few pixels.
     """

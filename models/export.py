@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import warnings
@@ -20,8 +21,9 @@ import torch
 from brevitas.export import export_qonnx as brevitas_export
 from onnx import numpy_helper
 
-from weft.models.codenet import HEADS, CoDeNet, tensor_name
-from weft.models.errors import ModelError
+from weft.arch.errors import ModelError
+from weft.arch.program import write_atomically
+from weft.models.codenet import HEADS, CoDeNet, recorded, tensor_name, to_input
 
 OPSET = 19  # the first with DeformConv
 QONNX_DOMAIN = "qonnx.custom_op.general"
@@ -56,21 +58,10 @@ def export_qonnx(model: CoDeNet, path: str | os.PathLike) -> onnx.ModelProto:
         )  # fmt: skip
     model.train(training)
     proto = _renamed(proto)
+    proto.graph.name = model.config.name
     onnx.checker.check_model(proto)
     write_atomically(path, proto.SerializeToString(deterministic=True))
     return proto
-
-
-def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file so that no reader ever sees half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _module_path(scope: str) -> str:
@@ -145,11 +136,26 @@ def _renamed(proto: onnx.ModelProto) -> onnx.ModelProto:
         del node.output[:]
         node.output.extend(outputs)
     del graph.initializer[:]
-    graph.initializer.extend(numpy_helper.from_array(np.ascontiguousarray(value), name)
-                             for name, value in initializers.items())  # fmt: skip
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in initializers.items())
     kept = [value for value in graph.input if value.name == "image"]
     del graph.input[:], graph.value_info[:]
     graph.input.extend(kept)
-    graph.name = "codenet"
     proto.producer_name, proto.producer_version = "weft", ""
     return proto
+
+
+def export_with_codes(model: CoDeNet, pixels: np.ndarray, path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Export to `path` and, beside it as .npz, the integer codes of every layer for one uint8 RGB image [S, S, 3].
+
+    Keys are tensor names of the QONNX, arrays NCHW (int16, so that signed and unsigned codes fit); key `image` holds
+    the int8 input codes `pixel - 128`, NCHW as well.
+    """
+    export_qonnx(model, path)
+    with torch.no_grad(), recorded(model) as codes:
+        model.eval()(to_input(pixels[None]))
+    arrays = {name: code.numpy().astype(np.int16) for name, code in codes.items()}
+    arrays["image"] = arrays.pop("image.quant").astype(np.int8)
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_atomically(Path(path).with_suffix(".npz"), content.getvalue())
+    return arrays

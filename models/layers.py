@@ -3,8 +3,9 @@
 A layer is a convolution, optionally batch norm and ReLU, and an output quantizer. It runs in one of two modes:
 
 * float: plain convolution, batch norm, ReLU; for pretraining, and for calibration once batch norm is folded;
-* quantized: the differentiable fake-quantized path of Brevitas gives the gradient, the integer path gives the value
-  (`fake + (exact - fake).detach()`), so that what is trained and evaluated is what the engine computes, bit for bit.
+* quantized: the integer path gives the value, bit for bit what the engine computes, and the differentiable
+  fake-quantized path of Brevitas the gradient: `fake + (exact - fake).detach()`. In training mode the value is that
+  of the fake path too: it is within 1 LSB and twice as fast.
 
 Tensors travel as `Activation`: NCHW float values together with their scale. Shapes below are NCHW.
 """
@@ -21,7 +22,7 @@ from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat, Uin
 from torch import Tensor, nn
 
 from weft.arch import numerics
-from weft.models.errors import ModelError
+from weft.arch.errors import ModelError
 
 MIN_WEIGHT_RANGE = 2.0**-16  # max|w| of an all-zero channel; keeps bias codes within int32
 EXACT_FLOAT32 = 1 << 23  # integers below this survive float32 sums with a bit to spare
@@ -139,27 +140,38 @@ class QuantLayer(nn.Module):
         conv = self.conv
         return F.conv2d(samples, weight, None, conv.stride, conv.padding, 1, conv.groups)
 
-    def samples(self, x: Activation, offset: Activation | None, exact: bool) -> Tensor:
-        """What the weights multiply: values, or integer codes as floats if `exact`."""
-        return torch.round(x.value / x.scale) if exact else x.value
+    def products(self, x: Activation, weight: Tensor, offset: Activation | None) -> Tensor:
+        """Sum of products of float values, differentiable."""
+        return self.multiply(x.value, weight)
+
+    def samples(self, x: Activation, offset: Activation | None) -> Tensor:
+        """What the weights multiply, as float tensor of integer codes."""
+        return torch.round(x.value / x.scale)
 
     def forward(self, x: Activation, output: ActivationQuantizer | None = None,
                 offset: Activation | None = None) -> Activation:  # fmt: skip
         output = output or self.output
         bias = None if self.conv.bias is None else self.conv.bias[:, None, None]
         if not self.quantized:
-            y = self.multiply(self.samples(x, offset, exact=False), self.conv.weight)
+            y = self.products(x, self.conv.weight, offset)
             y = y if bias is None else y + bias
             return Activation(output.restrict(y if self.norm is None else self.norm(y)))
         if self.conv.weight_quant.export_mode:
             return Activation(output.fake(self.trace(x.value, None if offset is None else offset.value)), x.scale)
         weight = self.conv.quant_weight()
+        if self.training:
+            return Activation(self.fake(x, weight.value, output, offset, bias), output.scale)
         exact = Activation(self.exact(x, weight, output, offset) * output.scale, output.scale)
         if not torch.is_grad_enabled():
             return exact
-        y = self.multiply(self.samples(x, offset, exact=False), weight.value)
-        fake = output.fake(y if bias is None else y + bias)
+        fake = self.fake(x, weight.value, output, offset, bias)
         return Activation(fake + (exact.value - fake).detach(), output.scale)
+
+    def fake(self, x: Activation, weight: Tensor, output: ActivationQuantizer, offset: Activation | None,
+             bias: Tensor | None) -> Tensor:  # fmt: skip
+        """Fake-quantized output values, differentiable."""
+        y = self.products(x, weight, offset)
+        return output.fake(y if bias is None else y + bias)
 
     def trace(self, value: Tensor, offset: Tensor | None) -> Tensor:
         """The layer as the ONNX exporter is to see it."""
@@ -169,7 +181,7 @@ class QuantLayer(nn.Module):
     def exact(self, x: Activation, weight, output: ActivationQuantizer, offset: Activation | None) -> Tensor:
         """Output codes (float tensor of integers), computed with integers only."""
         code = torch.round(weight.value / weight.scale)
-        samples = self.samples(x, offset, exact=True)
+        samples = self.samples(x, offset)
         # Sums of integers are exact in float32 while they stay small, and convolve fastest there.
         if code.abs().sum((1, 2, 3)).max() * 255 >= EXACT_FLOAT32:
             samples, code = samples.double(), code.double()
@@ -198,17 +210,27 @@ def tap_grid(rows: int, cols: int) -> tuple[Tensor, Tensor]:
     return y.expand(9, rows, cols), x.expand(9, rows, cols)
 
 
-def gather(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """image [N, C, H, W] at integer y, x [N, 9, H, W] -> [N, C, 9, H, W]; 0 outside the image."""
-    n, channels, rows, cols = image.shape
+def pixel_index(y: Tensor, x: Tensor, rows: int, cols: int) -> Tensor:
+    """Row of `pixel_rows` that holds integer position y, x [N, 9, H, W]: int64 of the same shape."""
+    n = y.shape[0]
     inside = (y >= 0) & (y < rows) & (x >= 0) & (x < cols)
-    index = (y.clamp(0, rows - 1) * cols + x.clamp(0, cols - 1)).reshape(n, 1, -1).expand(n, channels, -1)
-    taken = image.flatten(2).gather(2, index).reshape(n, channels, *y.shape[1:])
-    return taken * inside[:, None].to(image.dtype)
+    first = torch.arange(n).reshape(n, 1, 1, 1) * (rows * cols)
+    return torch.where(inside, first + y * cols + x, n * rows * cols)
+
+
+def pixel_rows(image: Tensor) -> Tensor:
+    """image [N, C, H, W] as [N * H * W + 1, C]; the last row is the 0 outside the image."""
+    return F.pad(image.permute(0, 2, 3, 1).reshape(-1, image.shape[1]), (0, 0, 0, 1))
+
+
+def gather(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """image [N, C, H, W] at integer y, x [N, 9, H, W] -> [N, 9, H, W, C]; 0 outside the image."""
+    index = pixel_index(y, x, *image.shape[2:])
+    return pixel_rows(image).index_select(0, index.flatten()).reshape(*y.shape, -1)
 
 
 def sample_float(image: Tensor, offset: Tensor) -> Tensor:
-    """Differentiable bilinear samples [N, C, 9, H, W] of image [N, C, H, W] at offset [N, 18, H, W].
+    """Differentiable bilinear samples [N, 9, H, W, C] of image [N, C, H, W] at offset [N, 18, H, W].
 
     Offsets are in pixels, (dy, dx) interleaved, taps row-major (ONNX DeformConv, torchvision). At integer positions
     the derivative is the forward difference: the surrogate gradient of the square operator.
@@ -216,7 +238,7 @@ def sample_float(image: Tensor, offset: Tensor) -> Tensor:
     grid_y, grid_x = tap_grid(*image.shape[2:])
     y, x = grid_y + offset[:, 0::2], grid_x + offset[:, 1::2]
     y0, x0 = y.detach().floor(), x.detach().floor()
-    fy, fx = (y - y0)[:, None], (x - x0)[:, None]
+    fy, fx = (y - y0)[..., None], (x - x0)[..., None]
     y0, x0 = y0.long(), x0.long()
     v00, v01 = gather(image, y0, x0), gather(image, y0, x0 + 1)
     v10, v11 = gather(image, y0 + 1, x0), gather(image, y0 + 1, x0 + 1)
@@ -224,8 +246,48 @@ def sample_float(image: Tensor, offset: Tensor) -> Tensor:
     return top + fy * (bottom - top)
 
 
+class DepthwiseIntegerDeform(torch.autograd.Function):
+    """`sample_float` and depthwise multiplication for integer offsets, tap by tap: temporaries stay in the cache.
+
+    (image [N, C, H, W], weight [C, 1, 3, 3], offset [N, 18, H, W]) -> [N, C, H, W].
+    """
+
+    @staticmethod
+    def forward(ctx, image, weight, offset):
+        n, channels, rows, cols = ctx.shape = image.shape
+        grid_y, grid_x = tap_grid(rows, cols)
+        y, x = (grid_y + offset[:, 0::2]).long(), (grid_x + offset[:, 1::2]).long()
+        here, below, right = (
+            pixel_index(*position, rows, cols).transpose(0, 1).reshape(9, -1)
+            for position in ((y, x), (y + 1, x), (y, x + 1))
+        )
+        pixels, taps = pixel_rows(image), weight.reshape(channels, 9).T.contiguous()
+        out = pixels.new_zeros(n * rows * cols, channels)
+        for k in range(9):
+            out.addcmul_(pixels.index_select(0, here[k]), taps[k])
+        ctx.save_for_backward(pixels, taps, here, below, right)
+        return out.reshape(n, rows, cols, channels).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        pixels, taps, here, below, right = ctx.saved_tensors
+        n, channels, rows, cols = ctx.shape
+        gradient = gradient.permute(0, 2, 3, 1).reshape(-1, channels).contiguous()
+        d_pixels, d_taps = torch.zeros_like(pixels), torch.empty_like(taps)
+        d_offset = gradient.new_empty(18, len(gradient))
+        for k in range(9):
+            sample, scaled = pixels.index_select(0, here[k]), gradient * taps[k]
+            d_pixels.index_add_(0, here[k], scaled)
+            d_taps[k] = (gradient * sample).sum(0)
+            d_offset[2 * k] = (scaled * (pixels.index_select(0, below[k]) - sample)).sum(1)
+            d_offset[2 * k + 1] = (scaled * (pixels.index_select(0, right[k]) - sample)).sum(1)
+        d_image = d_pixels[:-1].reshape(n, rows, cols, channels).permute(0, 3, 1, 2)
+        d_weight = d_taps.T.reshape(channels, 1, 3, 3)
+        return d_image, d_weight, d_offset.reshape(18, n, rows, cols).transpose(0, 1)
+
+
 def sample_code(image: Tensor, offset: Tensor, fraction_bits: int) -> Tensor:
-    """Integer samples [N, C, 9, H, W] of codes image [N, C, H, W] at offset codes [N, 18, H, W] of scale 2**-f."""
+    """Integer samples [N, 9, H, W, C] of codes image [N, C, H, W] at offset codes [N, 18, H, W] of scale 2**-f."""
     grid_y, grid_x = tap_grid(*image.shape[2:])
     y0, fy = numerics.split_position(grid_y, offset[:, 0::2], fraction_bits)
     x0, fx = numerics.split_position(grid_x, offset[:, 1::2], fraction_bits)
@@ -233,7 +295,7 @@ def sample_code(image: Tensor, offset: Tensor, fraction_bits: int) -> Tensor:
     if fraction_bits == 0:  # positions are integers: the other three neighbours have weight 0
         return v00
     v01, v10, v11 = gather(image, y0, x0 + 1), gather(image, y0 + 1, x0), gather(image, y0 + 1, x0 + 1)
-    return numerics.bilinear(v00, v01, v10, v11, fy[:, None], fx[:, None])
+    return numerics.bilinear(v00, v01, v10, v11, fy[..., None], fx[..., None])
 
 
 def fraction_bits(scale: Tensor) -> int:
@@ -301,16 +363,20 @@ class DeformConv(QuantLayer):
         if groups not in (1, cin) or (groups == cin and cin != cout):
             raise ModelError(f"deformable convolution {cin}->{cout} must be full or depthwise, got groups={groups}")
 
-    def samples(self, x: Activation, offset: Activation | None, exact: bool) -> Tensor:
-        if not exact:
-            return sample_float(x.value, offset.value)
+    def products(self, x: Activation, weight: Tensor, offset: Activation | None) -> Tensor:
+        if self.conv.groups > 1 and torch.equal(offset.value, offset.value.round()):
+            return DepthwiseIntegerDeform.apply(x.value, weight, offset.value)
+        return self.multiply(sample_float(x.value, offset.value), weight)
+
+    def samples(self, x: Activation, offset: Activation | None) -> Tensor:
         return sample_code(x.code, offset.code, fraction_bits(offset.scale)).float()
 
     def multiply(self, samples: Tensor, weight: Tensor) -> Tensor:
         if self.conv.groups > 1:
-            return (samples * weight.reshape(1, -1, 9, 1, 1)).sum(2)
-        n, _, _, rows, cols = samples.shape
-        return (weight.flatten(1) @ samples.reshape(n, -1, rows * cols)).reshape(n, -1, rows, cols)
+            y = (samples * weight.reshape(-1, 9).T[:, None, None]).sum(1)
+        else:
+            y = torch.einsum("nkhwc,ock->nhwo", samples, weight.flatten(2))
+        return y.permute(0, 3, 1, 2)
 
     def trace(self, value: Tensor, offset: Tensor) -> Tensor:
         weight = self.conv.quant_weight()

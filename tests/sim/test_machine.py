@@ -17,7 +17,7 @@ from weft.sim.machine import Machine
 
 TEST = load_config("test")
 # 65536 words: address sums may pass 2**16 and stay legal.
-CONFIGS = [replace(TEST, name=f"{r}x{c}", rows=r, columns=c, bank_words=8192) for r, c in ((4, 4), (2, 1), (2, 32))]
+CONFIGS = [replace(TEST, name=f"{r}x{c}", rows=r, columns=c, bank_words=8192) for r, c in ((4, 4), (2, 2), (2, 32))]
 SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 MOD = 1 << 16
 
