@@ -62,7 +62,6 @@ class ActivationQuantizer(nn.Module):
         layer, quant = (qnn.QuantReLU, Uint8ActPerTensorFloat) if relu else (qnn.QuantIdentity, Int8ActPerTensorFloat)
         scale = fixed_scale or 1 / self.levels
         self.quant = layer(act_quant=quant, scaling_impl_type="parameter", scaling_init=scale * self.levels)
-        self._threshold.requires_grad_(not self.fixed)
         self.low, self.high = clip or (numerics.U8 if relu else numerics.S8)
         self.observing, self.observed = False, 0.0
 
@@ -75,6 +74,10 @@ class ActivationQuantizer(nn.Module):
         """The scale, a float32 scalar tensor."""
         return self.quant.act_quant.scale()
 
+    def freeze(self) -> None:
+        """Keep training away from a scale that is not to be learned; Brevitas forgets this when a state is loaded."""
+        self._threshold.requires_grad_(not (self.fixed or self.power_of_two))
+
     def calibrate(self) -> None:
         """Take the scale from what was observed (power-of-two scales are rounded up, fraction bits in [0, 4])."""
         if self.fixed or not self.observed:
@@ -82,7 +85,6 @@ class ActivationQuantizer(nn.Module):
         scale = self.observed / (255 if self.relu else 127)
         if self.power_of_two:
             scale = 2.0 ** min(0, max(-numerics.FRACTION_BITS, math.ceil(math.log2(scale))))
-            self._threshold.requires_grad_(False)
         with torch.no_grad():
             self._threshold.fill_(scale * self.levels)
 

@@ -19,6 +19,7 @@ from weft.models.checkpoint import save_checkpoint, state
 from weft.models.codenet import CoDeNet, config, to_input
 from weft.models.data import DigitScenes, Sample
 from weft.models.decode import DOWN_RATIO, Detections, decode
+from weft.models.layers import ActivationQuantizer
 
 WH_WEIGHT, REG_WEIGHT = 0.1, 1.0
 
@@ -112,6 +113,9 @@ def evaluate(model: CoDeNet, samples: list[Sample]) -> dict[str, float]:
 def fit(model: CoDeNet, samples: list[Sample], epochs: int, recipe: Recipe, learning_rate: float,
         advance: Callable[[float], None]) -> None:  # fmt: skip
     """Train in whatever mode the model is in; one-cycle AdamW. `advance(loss)` is called after every step."""
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.freeze()
     rng = np.random.default_rng([recipe.seed, int(model.quantized)])
     images = np.stack([sample.image for sample in samples])
     target = targets(samples, model.config.classes, model.config.size)
