@@ -39,6 +39,10 @@ from typing import Any, ClassVar
 
 INSTRUCTION_BYTES = 64
 
+# Parameter words of Matrix and Vector, as the fields of NumPy structures.
+SCALE_FIELDS = [("mult", "<u2"), ("shift", "u1"), ("unused", "u1")]
+DESCRIPTOR_FIELDS = [("offset", "<u2"), ("group", "u1"), ("unused", "u1"), ("mask", "<u4")]
+
 
 class Unit(enum.IntEnum):
     """The units that execute instructions; the values number token counters and trace events."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from weft.arch.config import EngineConfig
-from weft.arch.isa import VectorOp
+from weft.arch.isa import DESCRIPTOR_FIELDS, SCALE_FIELDS, VectorOp
 from weft.arch.numerics import split_w8
 from weft.compiler.graph import Requantize
 from weft.compiler.lower import MatrixTask, Task, VectorTask
@@ -59,7 +59,7 @@ def _words(raw: bytes, config: EngineConfig) -> bytes:
 def _scale_bytes(requantize: Requantize, part: slice, config: EngineConfig) -> bytes:
     """Bias words, then (uint16 mult, uint8 shift, unused byte) words."""
     bias = requantize.bias[part].astype("<i4").tobytes()
-    scale = np.zeros(len(requantize.mult[part]), np.dtype([("mult", "<u2"), ("shift", "u1"), ("unused", "u1")]))
+    scale = np.zeros(len(requantize.mult[part]), np.dtype(SCALE_FIELDS))
     scale["mult"], scale["shift"] = requantize.mult[part], requantize.shift[part]
     return _words(bias, config) + _words(scale.tobytes(), config)
 
@@ -71,7 +71,7 @@ def _matrix_parameters(
     for index, tile in enumerate(task.tiles):
         part = slice(index * config.columns, (index + 1) * config.columns)
         descriptors = np.zeros(
-            config.max_writes, np.dtype([("offset", "<u2"), ("group", "u1"), ("unused", "u1"), ("mask", "<u4")])
+            config.max_writes, np.dtype(DESCRIPTOR_FIELDS)
         )
         writes = [(offset, group, write.mask) for write in tile.writes for offset, group in locate(write)]
         for slot, (offset, group, mask) in enumerate(writes):

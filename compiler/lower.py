@@ -153,9 +153,6 @@ class Lowered:
     outputs: dict[str, tuple[Buffer, tuple[int, ...]]] = field(default_factory=dict)  # name -> buffer, lane of channel
 
 
-Readers = dict[Origin, list[Hashable]]
-
-
 class _Lowering:
     def __init__(self, graph: Graph, config: EngineConfig) -> None:
         self.graph, self.config, self.result = graph, config, Lowered()
@@ -164,7 +161,7 @@ class _Lowering:
         self.regions: dict[Hashable, Region] = {}
         self.buffers: dict[Hashable, Buffer] = {}
         self.demands: dict[tuple[str, int], Hashable] = {}  # (operator output, operand) -> region key
-        self.readers: Readers = {}
+        self.readers: dict[Origin, list[Hashable]] = {}
 
     def run(self) -> Lowered:
         self._find_fused_upsampling()

@@ -8,7 +8,7 @@ import numpy as np
 
 from weft.arch.config import EngineConfig
 from weft.arch.errors import ModelError
-from weft.arch.isa import End, Instruction, Load, Matrix, Unit
+from weft.arch.isa import DESCRIPTOR_FIELDS, End, Instruction, Load, Matrix, Unit
 from weft.arch.program import Program, Segment
 from weft.compiler.emit import Hazards
 from weft.compiler.footprint import footprint
@@ -61,7 +61,7 @@ def verify(program: Program) -> None:
 def _descriptor_offsets(instruction: Instruction, shadow: np.ndarray, config: EngineConfig) -> list[int]:
     if not isinstance(instruction, Matrix):
         return []
-    layout = np.dtype([("offset", "<u2"), ("group", "u1"), ("unused", "u1"), ("mask", "<u4")])
+    layout = np.dtype(DESCRIPTOR_FIELDS)
     rows = instruction.parameters + (np.arange(instruction.tiles) + 1) * config.tile_parameter_words - 1
     if rows.max() >= config.pool_words:
         return [config.pool_words]

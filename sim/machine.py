@@ -16,7 +16,7 @@ import numpy as np
 from weft.arch import numerics
 from weft.arch.config import EngineConfig
 from weft.arch.errors import EngineFault
-from weft.arch.isa import End, Instruction, Load, Matrix, Sampling, Store, Unit, Vector, VectorOp
+from weft.arch.isa import DESCRIPTOR_FIELDS, End, Instruction, Load, Matrix, Sampling, Store, Unit, Vector, VectorOp
 from weft.arch.trace import WRITERS, WriteLog
 
 ADDRESS_MASK = (1 << 16) - 1  # scratchpad address sums are modulo 2**16
@@ -81,7 +81,7 @@ class Machine:
         Returns offset [tiles, 4] (words), group [tiles, 4] and mask bool [tiles, 4, C].
         """
         raw = np.ascontiguousarray(self._tile_parameters(i)[:, -1, : 8 * self.config.max_writes])
-        entries = raw.view(np.dtype([("offset", "<u2"), ("group", "u1"), ("unused", "u1"), ("mask", "<u4")]))
+        entries = raw.view(np.dtype(DESCRIPTOR_FIELDS))
         columns = self.config.columns
         mask = entries["mask"].astype(np.int64)
         self._require(not (mask >> min(columns, 32)).any(), f"a descriptor's mask names a column beyond {columns - 1}")

@@ -1,13 +1,12 @@
 """Models as the command line names them, and the fake-quantized forward pass."""
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from weft.models import zoo  # noqa: E402
-from weft.models.codenet import to_input  # noqa: E402
-from weft.models.layers import QuantLayer  # noqa: E402
-from weft.sw.models import fake_quantized, load_model  # noqa: E402
+from weft.models import zoo
+from weft.models.codenet import to_input
+from weft.models.layers import QuantLayer
+from weft.sw.models import fake_quantized, load_model
 
 
 def test_each_layer_computes_in_floats_what_it_computes_in_integers_within_one_step():
