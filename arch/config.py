@@ -32,6 +32,7 @@ class EngineConfig:
     banks: int  # scratchpad banks, interleaved by the low address bits
     bank_words: int  # words in each bank
     bus_bytes: int  # AXI4 data width
+    row_lanes: int = 4  # numbers that the row unit works on per cycle
     address_bits: int = 32  # AXI4 address width
     queue_depth: int = 8  # instructions waiting at each unit
     burst_beats: int = 16  # longest AXI burst
@@ -47,7 +48,9 @@ class EngineConfig:
             if field.name != "name":
                 value = getattr(self, field.name)
                 require(isinstance(value, int) and value > 0, f"{field.name} must be a positive integer, got {value!r}")
-        for name in ("rows", "columns", "pixels", "lanes", "post_lanes", "banks", "bus_bytes", "burst_beats"):
+        for name in (
+            "rows", "columns", "pixels", "lanes", "post_lanes", "row_lanes", "banks", "bus_bytes", "burst_beats"
+        ):
             require(getattr(self, name).bit_count() == 1, f"{name} must be a power of two, got {getattr(self, name)}")
         require(self.rows >= 2, "rows must be at least 2, because an 8-bit weight occupies two of them")
         require(
@@ -65,6 +68,10 @@ class EngineConfig:
             self.weight_step_bytes <= self.lanes, "rows * columns / 2 must not exceed lanes (one weight word per step)"
         )
         require(self.post_lanes <= self.lanes, "post_lanes must not exceed lanes")
+        require(
+            self.row_lanes * self.columns <= 2 * self.lanes,
+            "row_lanes * columns must not exceed 2 * lanes: a word of a tile's 4-bit weights holds 2 * lanes nibbles",
+        )
         require(8 * self.max_writes <= self.lanes, "a word must hold the write descriptors of a tile")
         require(self.banks >= 4, "banks must be at least 4, one for each neighbour of a bilinear sample")
         require(self.pool_words <= 1 << 16, f"scratchpad of {self.pool_words} words exceeds 16-bit word addresses")
@@ -112,6 +119,29 @@ class EngineConfig:
     def block_parameter_words(self) -> int:
         """Scratchpad words of bias and scale per vector channel block (tap weights follow)."""
         return 2 * self.four_byte_words(self.lanes)
+
+    @property
+    def group(self) -> int:
+        """Input channels that share a scale in a grouped weight stream: those of a word."""
+        return self.lanes
+
+    @property
+    def scaled_words(self) -> int:
+        """Words of weights behind each word of group scales."""
+        return self.lanes // self.columns
+
+    @property
+    def plain_parameter_words(self) -> int:
+        """Scratchpad words of parameters per plain tile: scales only."""
+        return self.four_byte_words(self.columns)
+
+    def weight_words(self, wide: bool) -> int:
+        """Words of weights of one tile for one word of activations."""
+        return self.columns if wide else self.columns // 2
+
+    def tile_words(self, blocks: int, wide: bool = False, grouped: bool = False) -> int:
+        """Words of the weight stream of one tile over `blocks` words of activations."""
+        return blocks * self.weight_words(wide) + (-(-blocks // self.scaled_words) if grouped else 0)
 
     def four_byte_words(self, count: int) -> int:
         """Words that hold `count` 32-bit values."""

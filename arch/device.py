@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,14 +53,24 @@ class Device(ABC):
         """Makes memory addresses 0 .. size-1 available, all zero."""
 
     @abstractmethod
-    def execute(self, program_address: int, length: int, segments: list[int]) -> tuple[dict[str, int], Trace | None]:
-        """Runs `length` instructions. Returns counters and trace. Raises EngineFault when the engine stops early."""
+    def execute(
+        self, program_address: int, length: int, segments: list[int], arguments: Sequence[int]
+    ) -> tuple[dict[str, int], Trace | None]:
+        """Runs a program of `length` instructions with its argument registers set. Returns counters and trace.
 
-    def load(self, program: Program) -> None:
-        """Puts a Program and its constants into memory. Raises ModelError when it is for another engine."""
+        Raises EngineFault when the engine stops early.
+        """
+
+    def load(self, program: Program, sequences: int = 1) -> None:
+        """Puts a Program and its constants into memory, with room for `sequences` of a language model.
+
+        Raises ModelError when it is for another engine.
+        """
         program.require_config(self.config)
         self._segments, top = [], 0
-        for size in program.segment_bytes:
+        for segment, size in enumerate(program.segment_bytes):
+            if segment == Segment.CACHE:
+                size *= sequences
             self._segments.append(top)
             top += -(-size // ALIGNMENT) * ALIGNMENT
         self._program_address = top
@@ -76,10 +87,25 @@ class Device(ABC):
         if set(inputs) != {tensor.name for tensor in program.inputs}:
             raise ModelError(f"inputs given: {sorted(inputs)}; wanted: {sorted(t.name for t in program.inputs)}")
         for tensor in program.inputs:
-            self.write_memory(self._segments[Segment.INPUT] + tensor.offset, tensor.pack(inputs[tensor.name]))
-        counters, trace = self.execute(self._program_address, len(program.instructions), self._segments)
-        outputs = {
-            tensor.name: tensor.unpack(self.read_memory(self._segments[Segment.OUTPUT] + tensor.offset, tensor.size))
+            self.write_segment(Segment.INPUT, tensor.offset, tensor.pack(inputs[tensor.name]))
+        result = self.start()
+        result.outputs = {
+            tensor.name: tensor.unpack(self.read_segment(Segment.OUTPUT, tensor.offset, tensor.size))
             for tensor in program.outputs
         }
-        return RunResult(outputs, counters, trace)
+        return result
+
+    def start(self, arguments: Sequence[int] = ()) -> RunResult:
+        """Runs the loaded Program on what its segments hold. The result has no outputs."""
+        if self.program is None:
+            raise ModelError("no Program is loaded; call load() first")
+        return RunResult({}, *self.execute(
+            self._program_address, len(self.program.instructions), self._segments, arguments))
+
+    def write_segment(self, segment: Segment, offset: int, data: bytes) -> None:
+        """Writes bytes into a memory segment of the loaded Program."""
+        self.write_memory(self._segments[segment] + offset, data)
+
+    def read_segment(self, segment: Segment, offset: int, size: int) -> bytes:
+        """Reads bytes from a memory segment of the loaded Program."""
+        return self.read_memory(self._segments[segment] + offset, size)

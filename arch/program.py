@@ -25,7 +25,7 @@ from weft.arch.config import EngineConfig
 from weft.arch.errors import ModelError, ToolError
 from weft.arch.isa import INSTRUCTION_BYTES, Instruction, decode
 
-FORMAT = 1
+FORMAT = 2
 MAX_PROGRAM_BYTES = 1 << 31  # a larger file is not one of ours
 
 
@@ -36,6 +36,15 @@ class Segment(enum.IntEnum):
     ARENA = 1  # intermediate tensors that do not stay in the scratchpad
     INPUT = 2
     OUTPUT = 3
+    CACHE = 4  # keys, values and convolution state of every resident sequence of a language model
+
+
+class Argument(enum.IntEnum):
+    """Arguments of a language model's Program; the values are the numbers of the argument registers."""
+
+    POSITION = 0  # of the first token of the run in its sequence
+    COUNT = 1  # tokens of the run, at least 1
+    SEQUENCE = 2  # first byte of the sequence's part of segment CACHE
 
 
 @dataclass(frozen=True)
@@ -106,12 +115,34 @@ class OutputTensor:
 
 
 @dataclass(frozen=True)
+class Language:
+    """How the host talks to a language model's Program.
+
+    A run takes COUNT tokens, uint32 words at the start of segment INPUT, at POSITION of the sequence whose part of
+    segment CACHE starts at byte SEQUENCE; all zero is an empty sequence. It leaves in segment OUTPUT the logits of
+    the last token: code of token t = int16 with its low byte at logits + t, its high byte at logits + high + t,
+    real value = code * logit_scale; and at `answer` the greatest code (int16), 0 (uint16), its token (uint32).
+    """
+
+    vocab: int
+    context: int  # positions a sequence may have
+    sequence_bytes: int
+    logits: int
+    high: int
+    answer: int
+    logit_scale: float
+    bos: int
+    eos: int
+
+
+@dataclass(frozen=True)
 class Layer:
     """What reports and comparisons know of one layer; its number is the `tag` of its instructions.
 
     `channel_of[i]` is the logical output channel that the unit computes at position i (tile*C + column in
     the matrix unit, block*lanes + lane in the vector unit), or -1 for padding. `output` is the name of the
-    graph tensor it computes, `upsample` the factor by which it is written enlarged.
+    graph tensor it computes, `upsample` the factor by which it is written enlarged. In a language model height is 0
+    and width 1: rows are the tokens of a run.
     """
 
     name: str
@@ -148,6 +179,7 @@ class Program:
     inputs: tuple[InputTensor, ...]
     outputs: tuple[OutputTensor, ...]
     layers: tuple[Layer, ...]
+    language: Language | None = None  # of a language model's Program, which has no inputs and outputs as above
 
     def decoded(self) -> Iterator[Instruction]:
         """The instructions as objects. Raises ModelError on one that does not decode."""
@@ -188,6 +220,7 @@ class Program:
             "inputs": [asdict(item) for item in self.inputs],
             "outputs": [asdict(item) for item in self.outputs],
             "layers": [asdict(item) for item in self.layers],
+            "language": asdict(self.language) if self.language else None,
         }
         text, arrays = json.dumps(meta, sort_keys=True), self._arrays()
         # One key, because safetensors does not keep the order of several, and equal Programs are equal files.
@@ -240,6 +273,7 @@ class Program:
             inputs=tuple(InputTensor(**tuples(item)) for item in meta["inputs"]),
             outputs=tuple(OutputTensor(**tuples(item)) for item in meta["outputs"]),
             layers=tuple(Layer(**tuples(item)) for item in meta["layers"]),
+            language=Language(**meta["language"]) if meta["language"] else None,
         )
 
 

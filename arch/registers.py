@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from weft.arch.isa import Unit
+from weft.arch.isa import ARGUMENTS, Unit
 
 MAGIC = 0x57454654  # "WEFT"
 SEGMENTS = 8  # memory segment registers
@@ -71,6 +71,8 @@ def _table() -> dict[str, Register]:
             (f"segment{i}", 2, True, f"memory address of segment {i}, a multiple of the word size")
             for i in range(SEGMENTS)
         ),
+        *((f"argument{i}", 1, True, f"register {i} of the program, not to be changed while it runs")
+          for i in range(ARGUMENTS)),
         ("cycles", 2, False, "cycles from start to done"),
         ("bytes_read", 2, False, "bytes received from memory, instructions included"),
         ("bytes_written", 2, False, "bytes sent to memory"),

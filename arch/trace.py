@@ -8,7 +8,7 @@ import numpy as np
 
 from weft.arch.isa import Unit
 
-WRITERS = (Unit.LOAD, Unit.MATRIX, Unit.VECTOR)  # units that write the scratchpad
+WRITERS = (Unit.LOAD, Unit.MATRIX, Unit.VECTOR, Unit.ROW)  # units that write the scratchpad
 
 
 @dataclass

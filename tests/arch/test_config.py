@@ -29,6 +29,10 @@ def test_derived_quantities():
     assert (BASE.macs, BASE.word_bytes, BASE.steps_per_word, BASE.weight_step_bytes) == (256, 32, 8, 16)
     assert (BASE.tile_parameter_words, BASE.block_parameter_words, BASE.max_writes) == (3, 8, 4)
     assert BASE.four_byte_words(9) == 2
+    assert (BASE.group, BASE.scaled_words, BASE.plain_parameter_words) == (32, 4, 1)
+    assert (BASE.weight_words(False), BASE.weight_words(True)) == (4, 8)
+    assert BASE.tile_words(9) == 36 and BASE.tile_words(9, wide=True) == 72
+    assert [BASE.tile_words(blocks, grouped=True) for blocks in (1, 4, 5)] == [5, 17, 22]
 
 
 @pytest.mark.parametrize("item", [item.name for item in fields(EngineConfig) if item.name != "name"])
@@ -36,7 +40,8 @@ def test_every_field_counts_for_the_fingerprint_and_must_be_positive(item):
     for value in (0, -4, 1.5, "4"):
         with pytest.raises(ModelError, match=f"'base': {item} must be a positive integer"):
             replace(BASE, **{item: value})
-    changed = {"rows": 2, "columns": 4, "pixels": 4, "lanes": 64, "address_bits": 33}.get(item, getattr(BASE, item) * 2)
+    smaller = {"rows": 2, "columns": 4, "pixels": 4, "lanes": 64, "row_lanes": 4, "address_bits": 33}
+    changed = smaller.get(item, getattr(BASE, item) * 2)
     if item == "bus_bytes":
         changed = 32
     assert replace(BASE, **{item: changed}).fingerprint != BASE.fingerprint
@@ -44,7 +49,7 @@ def test_every_field_counts_for_the_fingerprint_and_must_be_positive(item):
 
 @pytest.mark.parametrize("changes, message", [
     *(({name: 12}, f"{name} must be a power of two, got 12") for name in
-      ("rows", "columns", "pixels", "lanes", "post_lanes", "banks", "bus_bytes", "burst_beats")),
+      ("rows", "columns", "pixels", "lanes", "post_lanes", "row_lanes", "banks", "bus_bytes", "burst_beats")),
     ({"rows": 1}, "rows must be at least 2"),
     ({"lanes": 16}, "lanes must be at least 32"),
     ({"lanes": 256}, "lanes must be at most 128"),
@@ -59,6 +64,7 @@ def test_every_field_counts_for_the_fingerprint_and_must_be_positive(item):
     ({"lanes": 64, "bus_bytes": 32, "burst_beats": 256}, "a burst must fit 256 beats and 4 KB"),
     ({"address_bits": 11}, "address_bits must be between 12 and 64"),
     ({"address_bits": 65}, "address_bits must be between 12 and 64"),
+    ({"row_lanes": 16}, "row_lanes * columns must not exceed 2 * lanes"),
     ({"token_bits": 1}, "token_bits must be at least 2"),
 ])
 def test_refusals(changes, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -115,3 +116,162 @@ def test_torch_agrees_with_numpy():
     ]
     for function, arguments in calls:
         assert np.array_equal(function(*map(torch.from_numpy, arguments)).numpy(), function(*arguments))
+
+
+# Scales found at run time
+
+normal_mults = st.integers(1 << 15, (1 << 16) - 1)
+int16s = st.integers(*numerics.INT16)
+
+
+def one(function, *values):
+    """The function of NumPy integers, as Python integers."""
+    return tuple(int(part) for part in function(*map(np.int64, values)))
+
+
+@given(mults, st.integers(0, 63), mults, st.integers(0, 63))
+def test_combine_scales_cuts_the_product(mult_a, shift_a, mult_b, shift_b):
+    mult, shift = one(numerics.combine_scales, mult_a, shift_a, mult_b, shift_b)
+    product, carry = mult_a * mult_b, int(mult_a * mult_b >= 1 << 31)
+    assert mult == product // (1 << 15 + carry) < 1 << 16
+    assert shift == max(0, min(62, shift_a + shift_b - 15 - carry))
+
+
+@given(normal_mults, st.integers(0, 40), normal_mults, st.integers(16, 37))
+def test_combined_scales_keep_their_precision(mult_a, shift_a, mult_b, shift_b):
+    mult, shift = one(numerics.combine_scales, mult_a, shift_a, mult_b, shift_b)
+    exact = Fraction(mult_a, 1 << shift_a) * Fraction(mult_b, 1 << shift_b)
+    assert mult >= 1 << 15
+    assert 1 - Fraction(1, 1 << 15) < Fraction(mult, 1 << shift) / exact <= 1
+
+
+@given(acc, normal_mults)
+def test_largest_combined_shift_gives_zero(value, mult):
+    assert numerics.requantize(np.array([value]), mult, numerics.MAX_COMBINED_SHIFT, *numerics.INT16).item() == 0
+
+
+@given(st.one_of(st.integers(1, (1 << 32) - 1), st.integers(0, 31).map(lambda bit: 1 << bit)))
+def test_normalize_is_exact(x):
+    mantissa, bits = one(numerics.normalize, x)
+    assert bits == x.bit_length() and 1 << 31 <= mantissa < 1 << 32
+    assert mantissa * Fraction(2) ** (bits - 32) == x
+
+
+@given(st.integers(1, (1 << 52) - 1))
+def test_bit_length(x):
+    assert numerics.bit_length(np.int64(x)) == x.bit_length()
+
+
+@given(st.one_of(st.integers(1, (1 << 48) - 1), st.integers(1, (1 << 24) - 1).flatmap(
+    lambda root: st.sampled_from([root * root, root * root + 1, max(1, root * root - 1)]))))
+def test_normalized_root_is_rounded_down(x):
+    mantissa, bits = one(numerics.normalized_root, x)
+    unit = Fraction(2) ** (bits - 32)
+    assert 1 << 31 <= mantissa < 1 << 32 and mantissa % 2 == 0
+    assert (mantissa * unit) ** 2 <= x < ((mantissa + 2) * unit) ** 2
+
+
+@given(st.integers(1, (1 << 32) - 1), st.integers(1 << 31, (1 << 32) - 1), st.integers(1, 32))
+def test_ratio_scale_is_rounded_down(numerator, mantissa, bits):
+    mult, shift = one(numerics.ratio_scale, numerator, mantissa, bits)
+    exact = numerator / (mantissa * Fraction(2) ** (bits - 32))
+    unit = Fraction(2) ** (numerics.SCALE_POINT - shift)
+    assert 1 << 15 <= mult < 1 << 16 and shift >= 0
+    assert mult * unit <= exact < (mult + 1) * unit
+
+
+@pytest.mark.parametrize("peak", [numerics.CODE_PEAK, numerics.PROBABILITY_PEAK])
+@given(values=st.lists(st.one_of(acc, int16s, st.integers(-9, 9)), min_size=1, max_size=40))
+def test_quantize_row(peak, values):
+    codes, magnitude = numerics.quantize_row(np.array(values), peak)
+    largest = max(1, *map(abs, values))
+    assert magnitude == largest
+    for value, code in zip(values, codes.tolist(), strict=True):
+        assert abs(code - Fraction(value * peak, largest)) <= Fraction(1, 2) + Fraction(peak, 1 << 15)
+        if abs(value) == largest:
+            assert abs(code) == peak
+    assert np.array_equal(numerics.quantize_row(-np.array(values), peak)[0], -codes)
+
+
+def test_quantize_rows_of_a_batch_one_by_one():
+    values = np.random.default_rng(0).integers(-(1 << 31), 1 << 31, (2, 3, 50)) >> np.arange(6).reshape(2, 3, 1) * 6
+    codes, magnitude = numerics.quantize_row(values, 127)
+    for index in np.ndindex(2, 3):
+        own, largest = numerics.quantize_row(values[index], 127)
+        assert np.array_equal(codes[index], own) and magnitude[index] == largest
+    assert not numerics.quantize_row(np.zeros((1, 9), np.int64), 127)[0].any()
+
+
+# Functions of rows
+
+
+def test_saturate16():
+    values = np.array([-40000, -32768, 5, 32767, 32768])
+    assert numerics.saturate16(values).tolist() == [-32768, -32768, 5, 32767, 32767]
+
+
+def test_exp2_code():
+    distance = np.arange(1 << 16)
+    codes = numerics.exp2_code(distance)
+    exact = 65535 * np.exp2(-distance / 256)
+    assert codes[0] == 65535 and np.abs(codes - exact).max() <= 1 and (np.diff(codes) <= 0).all()
+    assert not codes[17 * 256 :].any()
+
+
+@given(st.lists(st.tuples(int16s, st.integers(1, 1 << 15)), min_size=1, max_size=60), st.sampled_from([0, 3, 6]))
+def test_softmax_row(pairs, narrow):
+    scores, weights = np.array(pairs).T
+    scores = scores >> narrow
+    codes, largest, total = numerics.softmax_row(scores, weights)
+    powers = np.exp2((scores - scores.max()) / 256)
+    expected = powers / powers.sum() * weights
+    got = codes * (float(largest) / (255 * float(total)))
+    # rounding of codes; of a power, and of their sum
+    bound = expected.max() * (0.5 / 255 + 2.0**-14) + weights.max() / 65535 + expected * len(pairs) / 65535
+    assert (np.abs(got - expected) <= 1.01 * bound).all()
+    assert codes.min() >= 0 and codes.max() == 255 and 1 <= largest <= 65535 << 15
+
+
+def test_softmax_rows_of_a_batch_one_by_one():
+    rng = np.random.default_rng(1)
+    scores, weights = rng.integers(-2000, 2000, (3, 40)), rng.integers(1, 32769, (3, 40))
+    together = numerics.softmax_row(scores, weights)
+    for row in range(3):
+        for part, own in zip(together, numerics.softmax_row(scores[row], weights[row]), strict=True):
+            assert np.array_equal(part[row], own)
+
+
+@pytest.mark.parametrize("up", range(4))
+def test_silu(up):
+    """Every code there is."""
+    x = np.arange(-(1 << 15), 1 << 15)
+    real = x * 2.0 ** (up - 11)
+    with np.errstate(over="ignore"):
+        exact = x / (1 + np.exp(-real))
+    got = numerics.silu(x, up)
+    assert np.abs(got - exact).max() <= 0.5 + 1.5 * 2.0**-16 * (1 << 15)
+    inner = np.abs(x) < 4096
+    assert np.abs(got - exact)[inner].max() <= 0.5 + 1.5 * 2.0**-16 * 4096
+    assert got[x == 0] == 0 and (got[x >= 0] <= x[x >= 0]).all() and (np.abs(got) <= np.abs(x)).all()
+
+
+def test_sigmoid_table_is_symmetric_and_monotone():
+    assert numerics.SIGMOID[0] == 1 << 15 and (np.diff(numerics.SIGMOID) >= 0).all()
+    assert np.abs(numerics.SIGMOID - 65536 / (1 + np.exp(-np.arange(513) / 32))).max() <= 0.5
+    assert numerics.SIGMOID[512] == 65536 and numerics.EXP2[0] == 65535
+
+
+@given(st.integers(-32767, 32768), st.integers(-32767, 32768), int16s, int16s)
+def test_rotate_is_a_complex_product(low, high, cosine, sine):
+    """The pair is of halved products, which reach 32768."""
+    a, b = one(numerics.rotate, low, high, cosine, sine)
+    assert (a, b) == (low * cosine - high * sine, low * sine + high * cosine)
+    assert numerics.ACC_MIN <= min(a, b) <= max(a, b) <= numerics.ACC_MAX
+
+
+def test_rotation_keeps_lengths():
+    angle = np.linspace(0, 2 * math.pi, 50)
+    unit = 1 << numerics.ROTATION_BITS
+    pair = numerics.rotate(np.int64(20000), np.int64(-7000), np.rint(np.cos(angle) * unit).astype(np.int64),
+                           np.rint(np.sin(angle) * unit).astype(np.int64))
+    assert np.abs(np.hypot(*pair) / unit / math.hypot(20000, 7000) - 1).max() < 1e-4
