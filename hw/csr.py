@@ -1,4 +1,4 @@
-"""Host-visible registers: control, status, program location, segments, counters."""
+"""Host-visible registers: control, status, program location, segments, arguments, counters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
 from weft.arch.config import EngineConfig
-from weft.arch.isa import Unit
+from weft.arch.isa import ARGUMENTS, Unit
 from weft.arch.registers import (
     ADDRESS_BITS,
     CONTROL_RESET,
@@ -61,6 +61,7 @@ class ControlRegisters(wiring.Component):
             "program_length": Out(LENGTH_BITS),
             "program_address": Out(unsigned(config.address_bits)),
             "segments": Out(data.ArrayLayout(unsigned(config.address_bits), SEGMENTS)),
+            "arguments": Out(data.ArrayLayout(WORD, ARGUMENTS)),
         })
 
     def elaborate(self, platform) -> Module:
@@ -76,6 +77,7 @@ class ControlRegisters(wiring.Component):
             "program_length": self.program_length,
             "program_address": self.program_address,
             **{f"segment{number}": self.segments[number] for number in range(SEGMENTS)},
+            **{f"argument{number}": self.arguments[number] for number in range(ARGUMENTS)},
         }
         values |= self._counters(m)
         self._read_side(m, values)

@@ -21,7 +21,8 @@ from weft.hw.stream import Queue
 
 COUNT_BITS = 16  # run, rows and planes of an instruction
 LENGTH_BITS = 8  # AXI4 burst length
-FETCH_BURSTS = 2  # bursts of instructions in flight
+FETCH_AHEAD = 2  # longest bursts of instructions read ahead
+FETCH_BURSTS = 2 * FETCH_AHEAD  # bursts of instructions in flight: after a jump, those of the old stream too
 STORE_WORDS = 8  # words read ahead by the store unit: covers the scratchpad's latency and a few conflicts
 INCR = 0b01
 FETCH_ID, LOAD_ID = 0, 1
@@ -219,18 +220,19 @@ class Bursts(wiring.Component):
 class TransferDecode(wiring.Component):
     """First stage of load and store: adds the segment, checks the fields, registers the two loop nests.
 
-    Latency 1 cycle, one instruction per cycle. Zero counts, a segment that does not exist and memory offsets
-    that are no multiple of a word are illegal: `illegal` pulses 1 cycle after the instruction was accepted.
+    Latency 1 cycle, one instruction per cycle. The label of a load is its tag, that of a store its rotated mask.
+    Zero counts, a segment that does not exist, memory offsets that are no multiple of a word and a rotation by all
+    lanes or more are illegal: `illegal` pulses 1 cycle after the instruction was accepted.
     """
 
-    def __init__(self, config: EngineConfig, cls: type[Load], label: str, label_bits: int) -> None:
-        self._config, self._label = config, label
+    def __init__(self, config: EngineConfig, cls: type[Load]) -> None:
+        self._config, self._stores = config, cls is Store
         self.run_bits = COUNT_BITS + exact_log2(config.word_bytes // config.bus_bytes)
         super().__init__({
             "instruction": In(stream.Signature(layout_of(cls))),
             "segments": In(data.ArrayLayout(unsigned(config.address_bits), SEGMENTS)),
             "memory": Out(stream.Signature(nest_layout(beat_address_bits(config), self.run_bits))),
-            "place": Out(stream.Signature(place_layout(label_bits))),
+            "place": Out(stream.Signature(place_layout(config.lanes if cls is Store else TAG_BITS))),
             "illegal": Out(1),
         })
 
@@ -240,9 +242,16 @@ class TransferDecode(wiring.Component):
         beat, aligned = exact_log2(config.bus_bytes), exact_log2(config.word_bytes)
         valid, memory, place = Signal(), self.memory.payload, self.place.payload
 
+        if self._stores:
+            label = given.mask[:config.lanes]
+            for bit in range(exact_log2(config.lanes)):
+                label = Mux(given.rotate[bit], label.rotate_left(1 << bit), label)
+        else:
+            label = given.tag
         wrong = Cat(
             given.run == 0, given.rows == 0, given.planes == 0, given.base >= SEGMENTS,
             given.offset[:aligned] != 0, given.row_bytes[:aligned] != 0, given.plane_bytes[:aligned] != 0,
+            given.rotate >= config.lanes if self._stores else 0,
         ).any()
         m.d.comb += [  # both nests leave together
             self.memory.valid.eq(valid & self.place.ready),
@@ -265,7 +274,7 @@ class TransferDecode(wiring.Component):
                 place.nest.planes.eq(given.planes),
                 place.nest.row_step.eq(given.row_words),
                 place.nest.plane_step.eq(given.plane_words),
-                place.label.eq(given[self._label]),
+                place.label.eq(label),
             ]
         return m
 
@@ -293,7 +302,7 @@ class LoadUnit(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         config, unit, beat, write = self._config, self.unit, self.memory.data, self.write.request
-        m.submodules.decode = decode = TransferDecode(config, Load, "tag", TAG_BITS)
+        m.submodules.decode = decode = TransferDecode(config, Load)
         m.submodules.bursts = bursts = Bursts(config, decode.run_bits)
         m.submodules.places = places = Queue(place_layout(TAG_BITS), config.outstanding)
         m.submodules.words = words = Words(TAG_BITS)
@@ -350,7 +359,7 @@ class LoadUnit(wiring.Component):
 
 
 class StoreUnit(wiring.Component):
-    """Executes STORE: words read from the scratchpad, cut into beats, written by bursts under the byte mask.
+    """Executes STORE: words read from the scratchpad, cut into beats, written by bursts under the rotated byte mask.
 
     Driven by the dispatcher through `unit`; `memory` belongs to the write channel. Up to `outstanding` bursts
     wait for their response; the next instructions start meanwhile. One beat per cycle as long as the scratchpad
@@ -372,7 +381,7 @@ class StoreUnit(wiring.Component):
         m = Module()
         config, unit, read = self._config, self.unit, self.read
         request, beat, response = self.memory.request, self.memory.data, self.memory.response
-        m.submodules.decode = decode = TransferDecode(config, Store, "mask", config.lanes)
+        m.submodules.decode = decode = TransferDecode(config, Store)
         m.submodules.bursts = bursts = Bursts(config, decode.run_bits)
         m.submodules.places = places = Queue(place_layout(config.lanes), 2)
         m.submodules.words = words = Words(config.lanes)

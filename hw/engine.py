@@ -9,6 +9,7 @@ from amaranth.lib.wiring import In, Out, Signature, connect, flipped
 from weft.arch.config import EngineConfig
 from weft.arch.isa import Unit
 from weft.arch.registers import ADDRESS_BITS
+from weft.arch.trace import WRITERS
 from weft.hw.axi import AXI4, AXI4Lite
 from weft.hw.csr import ControlRegisters
 from weft.hw.dispatch import Dispatch
@@ -16,10 +17,9 @@ from weft.hw.dma import LoadUnit, MemoryPort, StoreUnit
 from weft.hw.fetch import Fetch
 from weft.hw.interfaces import write_layout
 from weft.hw.matrix import MatrixUnit
+from weft.hw.row import RowUnit
 from weft.hw.scratchpad import Scratchpad
 from weft.hw.vector import VectorUnit
-
-WRITERS = (Unit.LOAD, Unit.MATRIX, Unit.VECTOR)  # units that write to the scratchpad
 
 
 class WriteMonitor(Signature):
@@ -30,11 +30,14 @@ class WriteMonitor(Signature):
 
 
 class Monitor(Signature):
-    """What a simulation may watch; no effect on the engine. `start` and `retire` have one bit per Unit."""
+    """What a simulation may watch; no effect on the engine. `start` and `retire` have one bit per Unit.
+
+    `running` is high in the cycles that the engine counts.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         writers = {unit.name.lower(): Out(WriteMonitor(config)) for unit in WRITERS}
-        super().__init__(writers | {"start": Out(len(Unit)), "retire": Out(len(Unit))})
+        super().__init__(writers | {"start": Out(len(Unit)), "retire": Out(len(Unit)), "running": Out(1)})
 
 
 class Engine(wiring.Component):
@@ -61,11 +64,13 @@ class Engine(wiring.Component):
         m.submodules.memory = memory = MemoryPort(config)
         fetch, dispatch = Fetch(config), Dispatch(config)
         load, store, matrix, vector = LoadUnit(config), StoreUnit(config), MatrixUnit(config), VectorUnit(config)
-        reads = [matrix.activation, matrix.weight, *vector.sample, vector.parameter, store.read]
-        writes = {Unit.MATRIX: matrix.result, Unit.VECTOR: vector.result, Unit.LOAD: load.write}
+        row = RowUnit(config)
+        units = {Unit.LOAD: load, Unit.STORE: store, Unit.MATRIX: matrix, Unit.VECTOR: vector, Unit.ROW: row}
+        reads = [matrix.activation, matrix.weight, *vector.sample, vector.parameter, row.read, store.read]
+        writes = {Unit.MATRIX: matrix.result, Unit.VECTOR: vector.result, Unit.ROW: row.result, Unit.LOAD: load.write}
         scratchpad = Scratchpad(config, readers=len(reads), writers=len(writes))
-        in_reset = {"fetch": fetch, "dispatch": dispatch, "load": load, "store": store, "matrix": matrix,
-                    "vector": vector, "scratchpad": scratchpad}
+        in_reset = {"fetch": fetch, "dispatch": dispatch, "scratchpad": scratchpad}
+        in_reset |= {unit.name.lower(): component for unit, component in units.items()}
         for name, component in in_reset.items():
             m.submodules[name] = ResetInserter(~registers.running)(component)
 
@@ -75,6 +80,8 @@ class Engine(wiring.Component):
         connect(m, load.memory, memory.load)
         connect(m, store.memory, memory.store)
         connect(m, fetch.instruction, dispatch.program)
+        connect(m, dispatch.read, fetch.read)
+        connect(m, fetch.answer, dispatch.answer)
         for port, read in zip(scratchpad.read, reads, strict=True):
             connect(m, read, port)
         for port, write in zip(scratchpad.write, writes.values(), strict=True):
@@ -84,9 +91,13 @@ class Engine(wiring.Component):
             memory.stop.eq(~registers.running),
             fetch.address.eq(registers.program_address),
             fetch.length.eq(registers.program_length),
+            fetch.segments.eq(registers.segments),
+            fetch.jump.eq(dispatch.jump),
+            fetch.destination.eq(dispatch.destination),
             load.segments.eq(registers.segments),
             store.segments.eq(registers.segments),
             dispatch.length.eq(registers.program_length),
+            dispatch.arguments.eq(registers.arguments),
             dispatch.watchdog.eq(registers.watchdog),
             dispatch.fetch_error.eq(fetch.error),
             dispatch.load_error.eq(load.error),
@@ -101,8 +112,9 @@ class Engine(wiring.Component):
             registers.write_beat.eq(memory.write_beat),
             self.monitor.start.eq(dispatch.start),
             self.monitor.retire.eq(dispatch.retire),
+            self.monitor.running.eq(registers.running),
         ]
-        for unit, component in zip(Unit, (load, store, matrix, vector), strict=True):
+        for unit, component in units.items():
             port, activity = component.unit, registers.activity[unit]
             connect(m, getattr(dispatch, unit.name.lower()), port)
             m.d.comb += [

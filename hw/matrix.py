@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Module, Signal, unsigned
+from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 
 from weft.arch.config import EngineConfig
 from weft.arch.isa import Matrix
+from weft.arch.numerics import INT16
 from weft.hw.interfaces import ADDRESS_BITS, ReadPort, UnitPort, WritePort
 from weft.hw.matrix_array import MatrixArray, result_room
 from weft.hw.matrix_layouts import INSTRUCTIONS, operands_layout, result_layout, target_layout, word_layout
@@ -29,11 +30,14 @@ class MatrixUnit(wiring.Component):
 
     Throughput: steps_per_word steps (twice that if wide) for each pass (output tile and group of P pixels) and
     word (kernel position and channel block), without a gap between passes, tiles and instructions, as long as
-    `activation` takes one request in each of P of these cycles, `weight` C/2 (twice that if wide) and
-    tile_parameter_words + 1 per tile, and `result` one per pixel and descriptor. `activation` cannot catch up
-    what it missed when P = steps_per_word, so it deserves the first priority; `weight` can.
+    `activation` takes one request in each of P of these cycles; `weight` C/2 (twice that if wide) per word, one per
+    scaled_words words of a pass if grouped, one per live pixel and pass if scaled, and the parameter words of a
+    tile + 1 per tile; and `result` one per pixel and descriptor (two per pixel if double). `activation` cannot catch
+    up what it missed when P = steps_per_word, so it deserves the first priority; `weight` can.
 
-    Latency: about 2 P + 30 cycles from an instruction to the first write of its first pass, steps not counted.
+    Latency: about 2 P + 33 cycles from an instruction to the first write of its first pass, steps not counted.
+
+    Sums that an instruction with `hold` leaves stay for the next instruction, which must be one with `resume`.
 
     Assumes 2 <= columns <= 32 (two columns share a multiplier; a descriptor's mask has 32 bits).
     """
@@ -65,7 +69,8 @@ class MatrixUnit(wiring.Component):
         for source, sink in (
             (sequencer.source, reader.i), (sequencer.fetch, fetcher.fetch), (reader.port, flipped(self.activation)),
             (sources.o, array.sources), (words.o, array.words), (fetcher.port, flipped(self.weight)),
-            (fetcher.weights, array.weights), (results.o, writer.result), (writer.port, flipped(self.result)),
+            (fetcher.weights, array.weights), (fetcher.groups, array.groups), (fetcher.scales, array.scales),
+            (results.o, writer.result), (writer.port, flipped(self.result)),
         ):
             connect(m, source, sink)
         m.d.comb += [
@@ -86,6 +91,7 @@ class MatrixUnit(wiring.Component):
             array.bias.eq(parameters.bias),
             parameters.scale_slot.eq(array.scale_slot),
             array.scale.eq(parameters.scale),
+            parameters.bounds_slot.eq(array.bounds_slot),
             array.bounds.eq(parameters.bounds),
             parameters.descriptor_slot.eq(writer.slot),
             writer.descriptors.eq(parameters.descriptors),
@@ -112,9 +118,13 @@ class MatrixUnit(wiring.Component):
         i = offered.payload
         legal, accepted = Signal(), Signal()
         counts = (i.rows, i.columns, i.tiles, i.blocks, i.kernel_y, i.kernel_x, i.ring, i.target_ring)
+        pixels, few_bits = self.config.pixels, self.config.pixels.bit_length()
+        few = (i.rows <= pixels) & (i.columns <= pixels) & (i.rows[:few_bits] * i.columns[:few_bits] <= pixels)
         m.d.comb += [
             legal.eq(Cat(*(count != 0 for count in counts),
-                         *((step == 1) | (step == 2) for step in (i.target_step_y, i.target_step_x))).all()),
+                         *((step == 1) | (step == 2) for step in (i.target_step_y, i.target_step_x)),
+                         i.plain | ~i.double, ~i.plain | (i.group < self.config.lanes // self.config.columns),
+                         ~(i.resume | i.hold) | ((i.tiles == 1) & few)).all()),
             sequencer.instruction.payload.eq(i),
             sequencer.instruction.valid.eq(offered.valid & legal & room),
             offered.ready.eq(~legal | (sequencer.instruction.ready & room)),
@@ -127,7 +137,13 @@ class MatrixUnit(wiring.Component):
         connect(m, operands.o, fetcher.instruction)
         connect(m, targets.o, writer.instruction)
         m.d.comb += operands.i.valid.eq(accepted)
-        m.d.comb += [operands.i.payload[name].eq(i[name]) for name in ("weights", "parameters", "low", "high")]
+        m.d.comb += [operands.i.payload[name].eq(i[name]) for name in (
+            "weights", "parameters", "wide", "plain", "grouped", "scales", "scales_pitch", "rows", "columns")]
+        m.d.comb += [
+            operands.i.payload.scaled.eq(i.scaled & ~i.hold),
+            operands.i.payload.low.eq(Mux(i.double, INT16[0], i.low)),
+            operands.i.payload.high.eq(Mux(i.double, INT16[1], i.high)),
+        ]
 
         target, offset = Signal(target_layout()), Signal(ADDRESS_BITS)  # anchor * pitch takes a cycle
         m.d.sync += [
@@ -139,6 +155,12 @@ class MatrixUnit(wiring.Component):
             target.step_x.eq(i.target_step_x),
             target.columns.eq(i.columns),
             target.tag.eq(i.tag),
+            target.plane.eq(i.target_plane),
+            target.high.eq(i.target_high),
+            target.group.eq(i.group),
+            target.plain.eq(i.plain),
+            target.double.eq(i.double),
+            target.hold.eq(i.hold),
             offset.eq(i.target_anchor * i.target_pitch),
             targets.i.valid.eq(accepted),
         ]

@@ -14,17 +14,22 @@ from weft.arch.config import EngineConfig
 from weft.hw.interfaces import ADDRESS_BITS, TAG_BITS
 
 INSTRUCTIONS = 4  # in flight in the unit
-SLOTS = 4  # tiles whose parameters are held: prefetched, in the array, draining
-BOUND = signed(9)  # output codes
+SLOTS = 8  # tiles whose parameters are held: prefetched, in the array, draining
+CODE_BITS = 16  # of a result
+BOUND = signed(CODE_BITS + 1)
 
 
 def word_layout(config: EngineConfig) -> data.StructLayout:
     """A word whose P source words are in the buffer."""
     return data.StructLayout({
-        "first": 1,  # of its pass
-        "last": 1,
+        "first": 1,  # the sums of its pass begin with it
+        "last": 1,  # of its pass
         "wide": 1,
         "unsigned": 1,
+        "plain": 1,
+        "grouped": 1,
+        "scaled": 1,
+        "hold": 1,
         "live": range(config.pixels + 1),  # pixels 0 .. live-1 of the pass give results
         "tile_last": 1,  # the pass is the last one of its tile
         "instruction_last": 1,
@@ -32,13 +37,17 @@ def word_layout(config: EngineConfig) -> data.StructLayout:
 
 
 def fetch_layout() -> data.StructLayout:
-    """A word whose weights are to be fetched."""
-    return data.StructLayout({"first": 1, "tile_first": 1, "instruction_first": 1, "wide": 1})
+    """A word whose weights are to be fetched: the first or last one of its pass, the first one of its tile, .."""
+    return data.StructLayout({"first": 1, "last": 1, "tile_first": 1, "instruction_first": 1})
 
 
 def operands_layout() -> data.StructLayout:
-    """Where an instruction's weights and parameters are, and its output bounds."""
-    return data.StructLayout({"weights": ADDRESS_BITS, "parameters": ADDRESS_BITS, "low": BOUND, "high": BOUND})
+    """Where an instruction's weights, parameters and pixel scales are, and its output bounds."""
+    return data.StructLayout({
+        "weights": ADDRESS_BITS, "parameters": ADDRESS_BITS, "low": BOUND, "high": BOUND,
+        "wide": 1, "plain": 1, "grouped": 1, "scaled": 1,
+        "scales": ADDRESS_BITS, "scales_pitch": 12, "rows": 12, "columns": 12,
+    })
 
 
 def target_layout() -> data.StructLayout:
@@ -46,6 +55,7 @@ def target_layout() -> data.StructLayout:
     return data.StructLayout({
         "start": ADDRESS_BITS, "target": ADDRESS_BITS, "pitch": 12, "ring": 12, "anchor": 12,
         "step_y": 2, "step_x": 2, "columns": 12, "tag": TAG_BITS,
+        "plane": ADDRESS_BITS, "high": ADDRESS_BITS, "group": 5, "plain": 1, "double": 1, "hold": 1,
     })
 
 
@@ -62,9 +72,9 @@ def descriptor_layout() -> data.StructLayout:
 
 
 def result_layout(config: EngineConfig) -> data.StructLayout:
-    """Codes of one pixel and tile."""
+    """Codes of one pixel and tile; of an instruction that holds its sums, one item without meaning."""
     return data.StructLayout({
-        "codes": 8 * config.columns,
+        "codes": data.ArrayLayout(CODE_BITS, config.columns),
         "slot": range(SLOTS),
         "tile_last": 1,  # of the tile
         "instruction_last": 1,

@@ -52,7 +52,7 @@ class MatrixSequencer(wiring.Component):
         step = Signal()  # a source word enters it
 
         # Loop counters; products of counters and strides are kept by addition.
-        pixel, block, kx, ky, tile = Signal(range(self.config.pixels)), Signal(10), Signal(4), Signal(4), Signal(10)
+        pixel, block, kx, ky, tile = Signal(range(self.config.pixels)), Signal(12), Signal(4), Signal(4), Signal(12)
         kernel_x, kernel_y, block_base = Signal(8), Signal(8), Signal(ADDRESS_BITS)
         word_first, tile_first, instruction_first = Signal(), Signal(), Signal()
         pixel_last, block_last, kx_last, pass_last = Signal(), Signal(), Signal(), Signal()
@@ -61,9 +61,9 @@ class MatrixSequencer(wiring.Component):
             self.fetch.valid.eq(self.active & move & (pixel == 0)),
             step.eq(self.active & move & ((pixel != 0) | self.fetch.ready)),
             self.fetch.payload.first.eq(word_first),
+            self.fetch.payload.last.eq(pass_last),
             self.fetch.payload.tile_first.eq(tile_first),
             self.fetch.payload.instruction_first.eq(instruction_first),
-            self.fetch.payload.wide.eq(i.wide),
             pixel_last.eq(pixel == self.config.pixels - 1),
             block_last.eq(block == i.blocks - 1),
             kx_last.eq(block_last & (kx == i.kernel_x - 1)),
@@ -126,14 +126,14 @@ class MatrixSequencer(wiring.Component):
         meta = Signal(source_meta(self.config))
         m.d.comb += [
             meta.last.eq(pixel_last),
-            meta.word.first.eq(word_first),
+            meta.word.first.eq(word_first & ~i.resume),
             meta.word.last.eq(pass_last),
-            meta.word.wide.eq(i.wide),
-            meta.word.unsigned.eq(i.unsigned),
+            meta.word.scaled.eq(i.scaled & ~i.hold),
             meta.word.live.eq(live_now),
             meta.word.tile_last.eq(tile_last),
             meta.word.instruction_last.eq(instruction_last),
         ]
+        m.d.comb += [meta.word[name].eq(i[name]) for name in ("wide", "unsigned", "plain", "grouped", "hold")]
         self._address(m, move, {
             "valid": step, "meta": meta, "live": current.live, "base": block_base,
             "y": (current.y + kernel_y)[:len(raster.y)], "x": (current.x + kernel_x)[:len(raster.x)],

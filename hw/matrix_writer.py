@@ -14,6 +14,9 @@ from weft.hw.matrix_layouts import SLOTS, descriptor_layout, result_layout, targ
 class MatrixWriter(wiring.Component):
     """Writes each result wherever the descriptors of its tile say, one write per cycle.
 
+    A plain instruction has no descriptors: its tiles go to one lane group after the other from `group` on, 16-bit
+    results as a word of low bytes followed by one of high bytes. One that holds its sums writes nothing.
+
     Driven by: `instruction`, one item per instruction before its first result; `result`, the pixels of each
     tile in raster order. `descriptors` are those of slot `slot`, of the same cycle; `free` is high in the cycle
     the slot is no longer needed. `done` is high for a cycle after the last write of an instruction was
@@ -52,7 +55,7 @@ class MatrixWriter(wiring.Component):
             row_now.eq(Mux(fresh, target.start, row)),
             slot_next.eq(slot_now + target.step_y),
         ]
-        with m.If(take):
+        with m.If(take & ~target.hold):
             m.d.sync += [fresh.eq(result.tile_last), slot.eq(slot_now), row.eq(row_now)]
             m.d.sync += [column.eq(column + 1), x.eq(x + target.step_x)]
             with m.If(column == target.columns - 1):
@@ -61,9 +64,29 @@ class MatrixWriter(wiring.Component):
                 with m.If(slot_next >= target.ring):  # exactly at its end: steps do not cross it
                     m.d.sync += [slot.eq(0), row.eq(target.target)]
 
+        # Where a plain instruction's tile goes: the same for its low and high bytes but for the offset.
+        groups = config.lanes // config.columns
+        group, plane, begun = Signal(range(groups)), Signal(ADDRESS_BITS), Signal()
+        group_now = Mux(begun, group, target.group)
+        destinations = Signal.like(self.descriptors)
+        m.d.comb += destinations.eq(self.descriptors)
+        with m.If(target.plain):
+            for high, destination in enumerate(destinations[index] for index in range(2)):
+                m.d.comb += [
+                    destination.offset.eq(plane + (target.high if high else 0)),
+                    destination.group.eq(group_now),
+                    destination.mask.eq(-1),
+                ]
+        with m.If(take & result.tile_last):
+            m.d.sync += [group.eq(group_now + 1), begun.eq(1)]
+            with m.If(group_now == groups - 1):
+                m.d.sync += [group.eq(0), plane.eq(plane + target.plane)]
+        with m.If(take & result.instruction_last):
+            m.d.sync += [begun.eq(0), plane.eq(0)]
+
         # A result is held until its last write moves on.
         held = Signal(data.StructLayout({
-            "valid": 1, "codes": 8 * config.columns, "position": ADDRESS_BITS, "tag": TAG_BITS,
+            "valid": 1, "codes": result.codes.shape(), "double": 1, "position": ADDRESS_BITS, "tag": TAG_BITS,
             "left": config.max_writes, "descriptors": self.descriptors.shape(), "instruction_last": 1,
         }))
         write = Signal(data.StructLayout({
@@ -80,14 +103,16 @@ class MatrixWriter(wiring.Component):
             self.slot.eq(result.slot),
             self.free.eq(take & result.tile_last),
         ]
+        real = Cat(descriptor.mask[:config.columns].any() for descriptor in self.descriptors)
         with m.If(take):
             m.d.sync += [
                 held.valid.eq(1),
                 held.codes.eq(result.codes),
+                held.double.eq(target.double),
                 held.position.eq(row_now + x),
                 held.tag.eq(target.tag),
-                held.left.eq(Cat(descriptor.mask[:config.columns].any() for descriptor in self.descriptors)),
-                held.descriptors.eq(self.descriptors),
+                held.left.eq(Mux(target.hold, 0, Mux(target.plain, Cat(1, target.double), real))),
+                held.descriptors.eq(destinations),
                 held.instruction_last.eq(result.instruction_last),
             ]
         with m.Elif(move):
@@ -97,13 +122,14 @@ class MatrixWriter(wiring.Component):
         for index in reversed(range(config.max_writes)):  # the first one left is assigned last
             with m.If(held.left[index]):
                 m.d.comb += chosen.eq(held.descriptors[index])
-        groups = config.lanes // config.columns
+        high = held.double & ~held.left[0]
+        codes = Cat(Mux(high, code[8:], code[:8]) for code in held.codes)
         with m.If(move):
             m.d.sync += [
                 write.valid.eq(1),
                 write.real.eq(held.left != 0),
                 write.request.address.eq(held.position + chosen.offset),
-                write.request.data.eq(held.codes.replicate(groups)),
+                write.request.data.eq(codes.replicate(groups)),
                 write.request.mask.eq(Cat(Mux(chosen.group == group, chosen.mask[:config.columns], 0)
                                           for group in range(groups))),
                 write.request.tag.eq(held.tag),

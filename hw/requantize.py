@@ -9,8 +9,6 @@ from amaranth.lib.wiring import In, Out
 from weft.arch.numerics import ACC_BITS, MULT_BITS, SHIFT_BITS
 from weft.hw.stream import delay_line
 
-CODE_BITS = 8
-BOUND_BITS = 9  # `low` and `high` reach from the least int8 to the greatest uint8
 PRODUCT_BITS = ACC_BITS + MULT_BITS
 
 
@@ -23,14 +21,15 @@ class Requantizer(wiring.Component):
 
     Latency: LATENCY cycles with `enable` high. Throughput: one item per cycle.
 
-    Assumes shift <= 47 (upper bits are ignored) and -256 <= low <= high <= 255. `o_code` is the low byte of
-    the code: int8 or uint8, as the bounds make it.
+    Assumes shift <= 63 (upper bits are ignored; 48 and more make 0 of anything) and bounds in the range of
+    `code_bits` + 1 bits, low <= high. `o_code` is the low `code_bits` of the code: signed or unsigned, as the
+    bounds make it.
     """
 
     LATENCY = 5
 
-    def __init__(self, lanes: int, meta_shape=None) -> None:
-        self.lanes = lanes
+    def __init__(self, lanes: int, meta_shape=None, code_bits: int = 8) -> None:
+        self.lanes, self.code_bits = lanes, code_bits
         meta_shape = unsigned(0) if meta_shape is None else meta_shape
         super().__init__({
             "enable": In(1, init=1),
@@ -38,11 +37,11 @@ class Requantizer(wiring.Component):
             "i_acc": In(data.ArrayLayout(signed(ACC_BITS), lanes)),
             "i_mult": In(data.ArrayLayout(MULT_BITS, lanes)),
             "i_shift": In(data.ArrayLayout(8, lanes)),
-            "i_low": In(signed(BOUND_BITS)),
-            "i_high": In(signed(BOUND_BITS)),
+            "i_low": In(signed(code_bits + 1)),
+            "i_high": In(signed(code_bits + 1)),
             "i_meta": In(meta_shape),
             "o_valid": Out(1),
-            "o_code": Out(data.ArrayLayout(CODE_BITS, lanes)),
+            "o_code": Out(data.ArrayLayout(code_bits, lanes)),
             "o_meta": Out(meta_shape),
         })
 
@@ -67,7 +66,7 @@ class Requantizer(wiring.Component):
         product = register(signed(PRODUCT_BITS), "product")
         rounded = register(signed(PRODUCT_BITS + 1), "rounded")  # product plus nearly half an output step
         shifted = register(signed(PRODUCT_BITS + 1), "shifted")
-        code = register(CODE_BITS, "code")
+        code = register(self.code_bits, "code")
         shift = delay_line(m, self.i_shift[lane][:SHIFT_BITS], 3, reset_less=True)
 
         ones = ((1 << shift[2]) - 1)[:PRODUCT_BITS]

@@ -59,6 +59,8 @@ struct Writes {  // of one writer to the scratchpad
     std::vector<uint64_t> cycle;
     std::vector<uint16_t> address, tag;
     std::vector<uint8_t> data, mask;
+
+    void clear() { cycle.clear(), address.clear(), tag.clear(), data.clear(), mask.clear(); }
 };
 
 template <class Port> void append(std::vector<uint8_t>& to, const Port& port) {
@@ -97,7 +99,7 @@ class Harness {
     void reset() {
         reads_.clear(), writes_.clear(), replies_.clear();
         violation_.clear();
-        held_ar_ = held_aw_ = held_w_ = reading_ = false;
+        held_ar_ = held_aw_ = held_w_ = reading_ = running_ = false;
         worst_ = OKAY, read_first_ = true;
         top_->m_axi_rvalid = top_->m_axi_bvalid = top_->m_axi_wready = 0;
         top_->m_axi_arready = top_->m_axi_awready = 0;
@@ -149,14 +151,15 @@ class Harness {
         return !top_->s_axil_rready;
     }
 
+    // Forgets what was recorded so far, and goes on recording or not.
     void record(bool on) {
         recording_ = on;
-        for (Writes& log : logs) log = {};
+        for (Writes& log : logs) log.clear();
         for (auto& events : starts) events.clear();
         for (auto& events : retires) events.clear();
     }
 
-    // Waves of the cycles `from` up to `to`, counted from the last register write, as the events are.
+    // Waves of the cycles `from` up to `to`, counted from the engine's start, as the events are.
     bool start_waves(const char* path, uint64_t from, uint64_t to) {
 #if VM_TRACE
         stop_waves();
@@ -185,7 +188,7 @@ class Harness {
     bool irq() const { return top_->irq; }
     const char* violation() const { return violation_.c_str(); }
 
-    Writes logs[3];
+    Writes logs[4];
     std::vector<uint64_t> starts[8], retires[8];
 
   private:
@@ -205,6 +208,8 @@ class Harness {
         take_write();
         if (r) reading_ = false;
         if (b) replies_.pop_front();
+        if (top_->mon_running && !running_) origin_ = cycle_;
+        running_ = top_->mon_running;
         if (recording_) observe();
         edge();
         drive(b);
@@ -323,6 +328,7 @@ class Harness {
         OBSERVE(0, mon_load)
         OBSERVE(1, mon_matrix)
         OBSERVE(2, mon_vector)
+        OBSERVE(3, mon_row)
 #undef OBSERVE
         for (unsigned bits = top_->mon_start, unit = 0; bits; bits >>= 1, ++unit)
             if (bits & 1) starts[unit].push_back(cycle());
@@ -346,13 +352,13 @@ class Harness {
     Bucket buckets_[2];  // reads (or both), writes
     uint8_t* memory_ = nullptr;
     uint64_t size_ = 0;
-    uint64_t cycle_ = 0, origin_ = 0;  // since construction; at the last register write
+    uint64_t cycle_ = 0, origin_ = 0;  // since construction; when the engine began to run, or the last register write
     std::deque<Burst> reads_, writes_;
     std::deque<Reply> replies_;
     int worst_ = OKAY;        // response of the write burst so far
     bool reading_ = false;    // a read beat is on offer
     bool read_first_ = true;  // whose turn it is
-    bool held_ar_ = false, held_aw_ = false, held_w_ = false, recording_ = false;
+    bool held_ar_ = false, held_aw_ = false, held_w_ = false, recording_ = false, running_ = false;
     uint64_t held_ar_address_ = 0, held_aw_address_ = 0, held_w_last_ = 0;
     std::string violation_;
 };

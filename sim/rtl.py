@@ -7,7 +7,7 @@ import importlib.metadata
 import re
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import weft.hw
 from weft.arch.config import EngineConfig
 from weft.arch.device import Device
 from weft.arch.errors import EngineFault, ModelError, ToolError
-from weft.arch.isa import INSTRUCTION_BYTES, Unit, decode
+from weft.arch.isa import ARGUMENTS, INSTRUCTION_BYTES, Unit, decode
 from weft.arch.registers import CONTROL_START, MAGIC, REGISTERS, STATUS_MEANING, Status
 from weft.arch.trace import WRITERS, Trace, WriteLog
 from weft.sim import verilator
@@ -47,7 +47,9 @@ class RtlDevice(Device):
     memory: timing of the memory. trace: fill RunResult.trace. waves: write a VCD file (slower, built separately).
     progress: called with the cycles run so far, several times a second. watchdog: cycles without a retired
     instruction that the engine allows; 0: any number. verilog: text of another `weft_engine` with the same ports,
-    such as a netlist.
+    such as a netlist. observer: called several times a second with the Trace of what happened since the last call,
+    which is then forgotten, so that memory stays bounded however long the run; RunResult has no trace then. What it
+    raises ends the run.
 
     The counters of a run are the engine's, and `simulated_cycles_per_s`. Scratchpad contents persist from run to run.
     Raises ToolError when the simulator cannot be built; running raises EngineFault when the engine stops early.
@@ -55,9 +57,10 @@ class RtlDevice(Device):
 
     def __init__(self, config: EngineConfig, memory: MemoryModel | None = None, trace: bool = False,
                  waves: Waves | None = None, progress: Callable[[int], None] | None = None, watchdog: int = WATCHDOG,
-                 verilog: str | None = None) -> None:
+                 verilog: str | None = None, observer: Callable[[Trace], None] | None = None) -> None:
         super().__init__(config)
         self.trace, self.waves, self.progress, self.watchdog = trace, waves, progress, watchdog
+        self.observer = observer
         engine = verilog or engine_verilog(config)
         sources = {"engine.v": engine, "bench.v": bench_verilog(engine)}
         self._library = _load(verilator.build(sources, TOP, [HARNESS], "vcd" if waves else None))
@@ -85,15 +88,19 @@ class RtlDevice(Device):
             raise ModelError(f"memory bytes {address} .. {end - 1} are outside the {len(self._memory)} allocated")
         return self._memory[address:end]
 
-    def execute(self, program_address: int, length: int, segments: list[int]) -> tuple[dict[str, int], Trace | None]:
+    def execute(
+        self, program_address: int, length: int, segments: list[int], arguments: Sequence[int] = ()
+    ) -> tuple[dict[str, int], Trace | None]:
         if not self._clean:
             self.reset()
         self._clean = False
         values = {f"segment{number}": address for number, address in enumerate(segments)}
+        values |= {f"argument{number}": 0 for number in range(ARGUMENTS)}
+        values |= {f"argument{number}": value & 0xFFFF_FFFF for number, value in enumerate(arguments)}
         values |= {"watchdog": self.watchdog, "program_address": program_address, "program_length": length}
         for name, value in values.items():
             self.write_register(name, value)
-        self._library.weft_record(self._harness, self.trace)
+        self._library.weft_record(self._harness, self.trace or self.observer is not None)
         if self.waves and not self._library.weft_start_waves(
                 self._harness, str(self.waves.path).encode(), self.waves.first, self.waves.end):
             raise ToolError(f"cannot write waves to {self.waves.path}")
@@ -106,8 +113,7 @@ class RtlDevice(Device):
         counters = {name: self.read_register(name) for name, register in REGISTERS.items()
                     if not register.writable and name not in IDENTITY}
         counters["simulated_cycles_per_s"] = round(cycles / seconds)
-        # the trace counts from the register write that started the engine, its counters from when it ran
-        return counters, self._trace(cycles - counters["cycles"]) if self.trace else None
+        return counters, self._trace() if self.trace and self.observer is None else None
 
     def reset(self) -> None:
         """Pulses the engine's reset and forgets what is under way on its ports. Memories keep their contents."""
@@ -149,6 +155,9 @@ class RtlDevice(Device):
             ran = library.weft_run(harness, piece)
             seconds = time.perf_counter() - began
             piece = max(1000, int(library.weft_cycle(harness) / seconds * SLICE_SECONDS))
+            if self.observer and ran:
+                self.observer(self._trace())
+                library.weft_record(harness, True)
             if self.progress and ran:
                 self.progress(library.weft_cycle(harness))
         return library.weft_cycle(harness), max(time.perf_counter() - began, 1e-9)
@@ -171,17 +180,18 @@ class RtlDevice(Device):
         raise EngineFault(f"the engine stopped in cycle {cycles}: {STATUS_MEANING[status]}; "
                           f"{who}, instruction {index}: {listing}")
 
-    def _trace(self, origin: int) -> Trace:
+    def _trace(self) -> Trace:
+        """What was recorded, its cycles counted as the engine counts them."""
         lanes, trace = self.config.lanes, Trace()
         for unit in Unit:
-            trace.start[unit] = self._column(self._library.weft_events, 0, unit, np.uint64) - origin
-            trace.retire[unit] = self._column(self._library.weft_events, 1, unit, np.uint64) - origin
+            trace.start[unit] = self._column(self._library.weft_events, 0, unit, np.uint64)
+            trace.retire[unit] = self._column(self._library.weft_events, 1, unit, np.uint64)
         for number, unit in enumerate(WRITERS):
             cycle, address, tag, data, mask = (
                 self._column(self._library.weft_writes, number, column, kind)
                 for column, kind in enumerate((np.uint64, np.uint16, np.uint16, np.uint8, np.uint8)))
             bits = np.unpackbits(mask, bitorder="little").astype(bool).reshape(-1, lanes)
-            trace.writes[unit] = WriteLog(cycle - origin, address, tag, data.reshape(-1, lanes), bits)
+            trace.writes[unit] = WriteLog(cycle, address, tag, data.reshape(-1, lanes), bits)
         return trace
 
     def _column(self, function: Any, first: int, second: int, kind: type) -> np.ndarray:

@@ -15,7 +15,23 @@ from cocotb.triggers import ClockCycles, RisingEdge
 from cocotbext.axi import AddressSpace, AxiBus, AxiLiteBus, AxiLiteMaster, AxiRam, AxiSlave, MemoryRegion
 
 from weft.arch.config import load_config
-from weft.arch.isa import End, Instruction, Load, Matrix, Store, Unit, Vector, VectorOp
+from weft.arch.isa import (
+    ZERO,
+    Barrier,
+    Branch,
+    End,
+    Instruction,
+    Load,
+    Matrix,
+    Read,
+    Row,
+    Scalar,
+    ScalarOp,
+    Store,
+    Unit,
+    Vector,
+    VectorOp,
+)
 from weft.arch.numerics import requantize
 from weft.arch.registers import CONTROL_RESET, CONTROL_START, MAGIC, REGISTERS, Status
 from weft.hw.dispatch import NO_UNIT
@@ -75,18 +91,19 @@ class Bench:
         register = REGISTERS[name]
         return int.from_bytes((await self.host.read(register.offset, 4 * register.words)).data, "little")
 
-    async def start(self, program: list[Instruction | bytes], watchdog: int = 5000) -> None:
+    async def start(self, program: list[Instruction | bytes], watchdog: int = 5000, arguments=()) -> None:
         raw = [item if isinstance(item, bytes) else item.encode() for item in program]
         await self.put(PROGRAM, b"".join(raw))
         settings = {"program_address": PROGRAM, "program_length": len(raw), "watchdog": watchdog, "segment0": IMAGE,
                     "segment1": CONSTANTS, "segment2": RESULT, "segment3": OUTSIDE}
+        settings |= {f"argument{number}": value for number, value in enumerate(arguments)}
         for name, value in settings.items():
             await self.write(name, value)
         await self.write("control", CONTROL_START)
 
-    async def run(self, program: list[Instruction | bytes], watchdog: int = 5000) -> tuple[int, int, int]:
+    async def run(self, program: list[Instruction | bytes], watchdog: int = 5000, arguments=()) -> tuple[int, int, int]:
         """Runs a program to its end. Returns status, unit and index."""
-        await self.start(program, watchdog)
+        await self.start(program, watchdog, arguments)
         return await self.end()
 
     async def end(self) -> tuple[int, int, int]:
@@ -147,13 +164,13 @@ class Layers:
     def constants(self) -> list[tuple[int, bytes]]:
         """(scratchpad word, bytes)."""
         vector = four_bytes(self.bias[0], self.mult[0], self.shift[0]) + self.depth_weight.astype(np.int8).tobytes()
-        tiles, nibbles = b"", []
+        tiles = weights = b""
         for tile in range(LANES // COLUMNS):
             some = slice(tile * COLUMNS, (tile + 1) * COLUMNS)
             tiles += four_bytes(self.bias[1][some], self.mult[1][some], self.shift[1][some])
             tiles += _fill(bytes([0, 0, tile, 0]) + ((1 << COLUMNS) - 1).to_bytes(4, "little"))  # one descriptor
-            nibbles += [int(code) & 15 for code in self.full_weight[:, some].flat]  # lanes in order, columns inside
-        weights = bytes(low | high << 4 for low, high in zip(nibbles[::2], nibbles[1::2], strict=True))
+            nibbles = self.full_weight[:, some].astype(np.uint8) & 15
+            weights += (nibbles[::2] | nibbles[1::2] << 4).tobytes()  # two lanes to a byte, columns inside
         return [(self.vector_parameters, vector), (self.matrix_parameters, tiles), (self.weights, weights)]
 
     def program(self, strips: int) -> tuple[list[Instruction], bytes]:
@@ -205,9 +222,53 @@ async def every_unit_through_tokens(dut, chance: float) -> None:
     wrong = np.argwhere(result != layers.reference(image))
     assert not len(wrong), f"{len(wrong)} wrong codes, first at (pixel, lane) {wrong[:4].tolist()}"
     retired = [await bench.read(f"{unit.name.lower()}_retired") for unit in Unit]
-    assert retired == [len(layers.constants()) + strips, strips, strips, strips]
+    assert retired == [len(layers.constants()) + strips, strips, strips, strips, 0]
     assert await bench.read("bytes_written") == image.nbytes
     assert await bench.read("bytes_read") >= image.nbytes + len(constants) + 64 * len(program)
+
+
+def reversing_program(words: int) -> list[Instruction]:
+    """Copies as many blocks as argument 0 says, the last one first, by a loop over bound addresses.
+
+    A block is `words` words; the last of them begins with the block's number in the result.
+    """
+    step, window = words * WORD, {"run": words, "rows": 1, "planes": 1}
+    left, source, target, place = range(8, 12)
+
+    def scalar(operation: ScalarOp, target: int, first: int, value: int) -> Scalar:
+        return Scalar(operation=operation, target=target, first=first, literal=1, value=value)
+
+    return [
+        Scalar(operation=ScalarOp.SUBTRACT, target=left, first=ZERO, second=0),
+        scalar(ScalarOp.ADD, left, left, 1),
+        Scalar(operation=ScalarOp.SUBTRACT, target=source, first=ZERO, second=left),
+        scalar(ScalarOp.MULTIPLY, source, source, step),
+        Read(target=target, first=source, base=0, offset=step - WORD),
+        scalar(ScalarOp.MULTIPLY, target, target, step),
+        scalar(ScalarOp.SHIFT, place, source, WORD.bit_length() - 1),
+        Load(signal=bit(Unit.STORE), base=0, **window).bind(offset=source, address=place),
+        Store(wait=bit(Unit.LOAD), base=2, mask=ALL, **window).bind(offset=target, address=place),
+        Branch(first=left, second=ZERO, destination=1),
+        Barrier(),
+        LAST,
+    ]
+
+
+@cocotb.test(timeout_time=2, timeout_unit="ms")
+@cocotb.parametrize(chance=[0.0, 0.3])
+async def loops_over_bound_addresses(dut, chance: float) -> None:
+    bench, words = Bench(dut, seed=8, chance=chance), 5
+    await bench.reset()
+    for count in (7, 3):
+        order = bench.random.permutation(count)
+        image = bench.random.integers(0, 256, (count, words * WORD), np.uint8)
+        image[:, (words - 1) * WORD:][:, :4] = order.astype("<u4").view(np.uint8).reshape(-1, 4)
+        await bench.put(IMAGE, image.tobytes())
+        program = reversing_program(words)
+        assert await bench.run(program, arguments=[count]) == (Status.DONE, 0, len(program) - 1)
+        result = np.frombuffer(await bench.get(RESULT, image.nbytes), np.uint8).reshape(image.shape)
+        assert (result[order] == image).all()
+        assert await bench.read("load_retired") == await bench.read("store_retired") == count
 
 
 @cocotb.test(timeout_time=2, timeout_unit="ms")
@@ -222,6 +283,9 @@ async def illegal_instructions_stop_the_engine(dut) -> None:
         ([first, first, Store(rows=1, planes=1), LAST], Unit.STORE, 2),
         ([first, Vector(), LAST], Unit.VECTOR, 1),
         ([first, Matrix(), LAST], Unit.MATRIX, 1),
+        ([first, Row(), LAST], Unit.ROW, 1),
+        ([first, Scalar(target=3), LAST], NO_UNIT, 1),
+        ([first, Branch(first=ZERO, literal=1, value=1, destination=3), LAST], NO_UNIT, 1),
     ]:
         assert await bench.run(program) == (Status.ILLEGAL_INSTRUCTION, unit, index)
         await bench.works()

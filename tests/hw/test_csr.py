@@ -10,7 +10,7 @@ from amaranth.lib.wiring import Out
 
 from tests.kit.streams import run, simulator
 from weft.arch.config import load_config
-from weft.arch.isa import Unit
+from weft.arch.isa import ARGUMENTS, Unit
 from weft.arch.registers import CONTROL_RESET, CONTROL_START, MAGIC, REGISTERS, Stall, Status
 from weft.hw.csr import ControlRegisters
 from weft.hw.engine import Engine
@@ -102,6 +102,8 @@ def test_writable_registers_keep_what_is_written_and_no_other_does():
             expected = value & (1 << bits) - 1 if REGISTERS[name].writable else fixed.get(name, 0)
             assert await host.read(name) == expected, name
         assert ctx.get(dut.segments[3]) == values["segment3"] & (1 << CONFIG.address_bits) - 1
+        for number in range(ARGUMENTS):
+            assert ctx.get(dut.arguments[number]) == values[f"argument{number}"]
 
     check(scenario)
 
@@ -200,6 +202,6 @@ def test_ports_of_the_top_have_flat_names(name):
     top, engine = Top(config), Engine(config)
     names = set(top.signature.members)
     assert not [port for port in names if "__" in port]
-    assert {"m_axi_araddr", "s_axil_wstrb", "irq", "mon_start", "mon_retire", "mon_load_valid"} <= names
+    assert {"m_axi_araddr", "s_axil_wstrb", "irq", "mon_start", "mon_retire", "mon_running", "mon_row_valid"} <= names
     assert len(names) == len(list(engine.signature.flatten(engine)))
     assert top.signature.members["m_axi_wdata"].flow is Out and len(top.m_axi_wdata) == 8 * config.bus_bytes

@@ -1,4 +1,4 @@
-"""Dispatcher with four stub units: order, tokens, END, faults."""
+"""Dispatcher with stub units: order, tokens, END, faults; registers, jumps and bindings against arch/control.py."""
 
 from __future__ import annotations
 
@@ -8,12 +8,41 @@ import random
 from collections import deque
 
 import pytest
+from amaranth.hdl import Module
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out, connect, flipped
 
+from tests.kit.axi import AXIMemory
 from tests.kit.streams import NONE, Waits, run, simulator
 from weft.arch.config import load_config
-from weft.arch.isa import End, Instruction, Load, Matrix, Store, Unit, Vector
-from weft.arch.registers import Status
+from weft.arch.control import dispatched
+from weft.arch.isa import (
+    ARGUMENTS,
+    BINDING_LOW,
+    BINDINGS,
+    INSTRUCTION_BYTES,
+    ZERO,
+    Barrier,
+    Branch,
+    End,
+    Instruction,
+    Load,
+    Matrix,
+    Read,
+    Row,
+    Scalar,
+    ScalarOp,
+    Store,
+    Unit,
+    Vector,
+    decode,
+)
+from weft.arch.registers import SEGMENTS, Status
+from weft.hw.axi import AXI4
 from weft.hw.dispatch import NO_UNIT, UNIT_CLASSES, Dispatch
+from weft.hw.dma import MemoryPort
+from weft.hw.fetch import Fetch
+from weft.hw.interfaces import UnitPort
 
 CONFIG = dataclasses.replace(load_config("test"), token_bits=6)
 NAMES = [unit.name.lower() for unit in Unit]
@@ -23,17 +52,31 @@ def word(instruction: Instruction) -> int:
     return int.from_bytes(instruction.encode(), "little")
 
 
+def declared(cls: type[Instruction]) -> int:
+    """The bits of the instruction word that mean something to a unit."""
+    return sum((1 << item.metadata["width"]) - 1 << item.metadata["low"]
+               for item in dataclasses.fields(cls) if not item.name.startswith("bind"))
+
+
 def named(mask: int) -> list[Unit]:
     return [unit for unit in Unit if mask >> unit & 1]
 
 
 class Units:
-    """Four stub units with random pace; checks that no token is used before it was given."""
+    """Stub units with random pace; checks that no token is used before it was given, nor a BARRIER ignored."""
 
     def __init__(self, dut: Dispatch, program: list[Instruction], waits: Waits, in_unit: int = 3) -> None:
         self.ports = [getattr(dut, name) for name in NAMES]
         self.waits, self.in_unit = waits, in_unit
-        self.queues = {unit: deque(item for item in program if item.unit == unit) for unit in Unit}
+        self.queues: dict[Unit, deque[tuple[int, Instruction]]] = {unit: deque() for unit in Unit}
+        count = fence = 0  # instructions for units so far, and up to the last BARRIER
+        for item in program:
+            if item.unit is not None:
+                self.queues[item.unit].append((fence, item))
+                count += 1
+            elif isinstance(item, Barrier):
+                fence = count
+        self.done = 0
         self.tokens = dict.fromkeys(itertools.product(Unit, Unit), 0)
         self.held: dict[Unit, deque[Instruction]] = {unit: deque() for unit in Unit}
         self.started: list[Instruction] = []
@@ -52,8 +95,9 @@ class Units:
             sampled = (await ctx.tick().sample(*signals))[2:]
             for unit in Unit:
                 if sampled[2 * unit] and ready[unit]:
-                    item = self.queues[unit].popleft()
-                    assert sampled[2 * unit + 1].as_bits() == word(item)
+                    fence, item = self.queues[unit].popleft()
+                    assert (sampled[2 * unit + 1].as_bits() ^ word(item)) & declared(type(item)) == 0
+                    assert self.done >= fence, f"{item} did not wait for a BARRIER"
                     for producer in named(item.wait):
                         self.tokens[producer, unit] -= 1
                         assert self.tokens[producer, unit] >= 0, f"{item} took a token that nobody gave"
@@ -61,6 +105,7 @@ class Units:
                     self.started.append(item)
             for unit in Unit:
                 if done[unit]:
+                    self.done += 1
                     for consumer in named(self.held[unit].popleft().signal):
                         self.tokens[unit, consumer] += 1
 
@@ -90,15 +135,18 @@ def bench(program: list[Instruction | int], waits: Waits = NONE, config=CONFIG, 
         ctx.set(dut.length, len(program) if length is None else length)
         ctx.set(dut.watchdog, watchdog)
 
-    async def feed(ctx) -> None:
-        for item in words:
+    async def feed(ctx) -> None:  # no asynchronous iterator in a background bench: it could not be closed
+        place = 0
+        while True:
             await waits(ctx)
-            ctx.set(dut.program.payload, item)
-            ctx.set(dut.program.valid, 1)
-            taken = False
-            while not taken:  # END never is, and an asynchronous iterator in a background bench could not be closed
-                *_, taken = await ctx.tick().sample(dut.program.ready)
+            ctx.set(dut.program.valid, place < len(words))
+            if place < len(words):
+                ctx.set(dut.program.payload, words[place])
+            *_, jump, destination, taken = await ctx.tick().sample(dut.jump, dut.destination, dut.program.ready)
+            while not jump and not (taken and place < len(words)):
+                *_, jump, destination, taken = await ctx.tick().sample(dut.jump, dut.destination, dut.program.ready)
             ctx.set(dut.program.valid, 0)
+            place = destination if jump else place + 1
 
     sim.add_testbench(settings)
     sim.add_testbench(units.serve, background=True)
@@ -169,8 +217,8 @@ def test_full_counter_delays_tokens_and_loses_none():
 
 
 def test_several_units_done_in_one_cycle():
-    everybody = [Load, Store, Matrix]
-    program = [*(cls(signal=1 << Unit.VECTOR) for cls in everybody), Vector(wait=0b0111), End()]
+    everybody = [Load, Store, Matrix, Row]
+    program = [*(cls(signal=1 << Unit.VECTOR) for cls in everybody), Vector(wait=0b10111), End()]
     dut, sim, units = bench(program)
     units.in_unit = 0
 
@@ -183,7 +231,7 @@ def test_several_units_done_in_one_cycle():
 
     sim.add_testbench(watch)
     run(sim)
-    assert len(units.started) == 4
+    assert len(units.started) == 5
 
 
 def test_token_stall_is_seen_while_the_unit_is_idle():
@@ -197,7 +245,7 @@ def test_token_stall_is_seen_while_the_unit_is_idle():
 
     sim.add_testbench(watch)
     run(sim)
-    assert set(levels[:2]) == {0} and set(levels[8:]) == {1 << Unit.VECTOR}
+    assert set(levels[:2]) == {0} and set(levels[20:]) == {1 << Unit.VECTOR}
     assert not units.started
 
 
@@ -276,13 +324,261 @@ def test_instruction_is_held_until_its_queue_has_room():
 
 
 def test_end_alone_finishes_at_once():
-    dut = Dispatch(CONFIG)
-    sim = simulator(dut)
+    dut, sim, _ = bench([End()])
 
     async def end(ctx) -> None:
-        ctx.set(dut.program.payload, word(End()))
-        ctx.set(dut.program.valid, 1)
         await ctx.tick().until(dut.finished)
 
     sim.add_testbench(end)
-    run(sim, cycles=10)
+    run(sim, cycles=16)
+
+
+def set_register(number: int, value: int) -> Scalar:
+    return Scalar(operation=ScalarOp.ADD, target=number, first=ZERO, literal=1, value=value)
+
+
+def test_the_oldest_instruction_is_told_by_its_order_not_by_its_place():
+    program = [
+        set_register(8, 0),
+        Branch(first=8, literal=1, value=1, destination=3),
+        Store(wait=1 << Unit.MATRIX),  # in the second round only
+        Load(wait=1 << Unit.MATRIX),
+        Scalar(operation=ScalarOp.ADD, target=8, first=8, literal=1, value=1),
+        Branch(first=8, literal=1, value=2, destination=1),
+        End(),
+    ]
+    dut, sim, _ = bench(program, watchdog=100)
+    seen = until_fault(sim, dut)
+    run(sim)
+    assert seen == [Status.WATCHDOG, Unit.LOAD, 3]
+
+
+FORBIDDEN = [
+    *(Scalar(operation=ScalarOp.ADD, target=target, first=ZERO, second=ZERO) for target in (0, ARGUMENTS - 1, ZERO)),
+    *(Scalar(operation=operation, target=9, first=ZERO, second=ZERO) for operation in (len(ScalarOp), 15)),
+    Read(target=ARGUMENTS - 1, first=ZERO),
+    Read(target=ZERO, first=ZERO),
+    Read(target=9, first=ZERO, base=SEGMENTS),
+    Read(target=9, first=ZERO, offset=6),
+    Branch(first=ZERO, literal=1, value=1, destination=3),
+    Branch(first=ZERO, literal=1, value=1, destination=(1 << 32) - 1),
+]
+
+
+@pytest.mark.parametrize("instruction", FORBIDDEN, ids=lambda item: item.listing().replace(" ", ","))
+def test_forbidden_instructions_of_the_dispatcher(instruction):
+    dut, sim, _ = bench([Load(), instruction, End()])
+    seen = until_fault(sim, dut)
+    run(sim)
+    assert seen == [Status.ILLEGAL_INSTRUCTION, NO_UNIT, 1]
+
+
+def test_a_branch_not_taken_may_name_any_destination():
+    dut, sim, _ = bench([Branch(first=ZERO, literal=1, value=0, destination=99), End()])
+
+    async def finish(ctx) -> None:
+        fault, index = await ctx.tick().sample(dut.fault_valid, dut.index).until(dut.finished)
+        assert not fault and index == 1
+
+    sim.add_testbench(finish)
+    run(sim)
+
+
+@pytest.mark.parametrize("body", [[], [Scalar(operation=ScalarOp.MULTIPLY, target=8, first=ZERO, literal=1, value=3)]])
+def test_the_watchdog_ends_a_loop_without_work(body):
+    forever = Branch(first=ZERO, literal=1, value=1, destination=1)
+    dut, sim, _ = bench([Load(), *body, forever, End()][: 3 + len(body)], watchdog=200)
+    seen = until_fault(sim, dut)
+    run(sim)
+    assert seen[:2] == [Status.WATCHDOG, NO_UNIT] and 1 <= seen[2] <= 1 + len(body)
+
+
+@pytest.mark.parametrize("instruction, cycles", [
+    (Load(), 1),
+    (Load().bind(address=3), 3),
+    (Load().bind(address=3, offset=4, run=5, rows=6), 6),
+    (set_register(9, 5), 2),
+    (Scalar(operation=ScalarOp.MULTIPLY, target=9, first=1, second=2), 3),
+    (Branch(first=ZERO, literal=1, value=0), 2),
+])
+def test_cycles_of_an_instruction(instruction, cycles):
+    count = 6
+    dut, sim, _ = bench([instruction] * count, length=99)
+    moments: list[int] = []
+
+    async def watch(ctx) -> None:
+        for cycle in range(60):
+            *_, index = await ctx.tick().sample(dut.index)
+            if index == len(moments) + 1:
+                moments.append(cycle)
+
+    sim.add_testbench(watch)
+    run(sim)
+    assert [after - before for before, after in itertools.pairwise(moments)] == [cycles] * (count - 1)
+
+
+class Machine(wiring.Component):
+    """Dispatcher, fetch and memory port, without a soft reset."""
+
+    def __init__(self, config, segments: list[int]) -> None:
+        self._config, self._segments = config, segments
+        super().__init__({
+            **{unit.name.lower(): Out(UnitPort(cls)) for unit, cls in UNIT_CLASSES.items()},
+            "address": In(config.address_bits),
+            "length": In(32),
+            "arguments": In(data.ArrayLayout(32, ARGUMENTS)),
+            "finished": Out(1),
+            "fault_valid": Out(1),
+            "index": Out(32),
+            "bus": Out(AXI4(config.bus_bytes, config.address_bits)),
+        })
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        m.submodules.fetch = fetch = Fetch(self._config)
+        m.submodules.dispatch = dispatch = Dispatch(self._config)
+        m.submodules.memory = memory = MemoryPort(self._config)
+        connect(m, fetch.memory, memory.fetch)
+        connect(m, fetch.instruction, dispatch.program)
+        connect(m, dispatch.read, fetch.read)
+        connect(m, fetch.answer, dispatch.answer)
+        connect(m, memory.bus, flipped(self.bus))
+        for name in NAMES:
+            connect(m, getattr(dispatch, name), flipped(getattr(self, name)))
+        m.d.comb += [
+            fetch.jump.eq(dispatch.jump),
+            fetch.destination.eq(dispatch.destination),
+            fetch.address.eq(self.address),
+            fetch.length.eq(self.length),
+            dispatch.length.eq(self.length),
+            dispatch.arguments.eq(self.arguments),
+            dispatch.fetch_error.eq(fetch.error),
+            self.finished.eq(dispatch.finished),
+            self.fault_valid.eq(dispatch.fault_valid),
+            self.index.eq(dispatch.index),
+            *(fetch.segments[number].eq(address) for number, address in enumerate(self._segments)),
+        ]
+        return m
+
+
+SEGMENT_BYTES, PROGRAM = 256, 4096 - 3 * INSTRUCTION_BYTES
+
+
+class Programs:
+    """Random programs that end: nested loops, branches forward, everything bound to registers of any value."""
+
+    counters = (28, 29, 30)  # registers of loops, by depth
+    general = range(ARGUMENTS, 28)
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.program: list[Instruction] = []
+
+    def make(self) -> list[Instruction]:
+        self.program = [set_register(number, self.value()) for number in self.general]
+        self.block(0)
+        self.loop(0)
+        self.program.append(End())
+        return self.program
+
+    def value(self) -> int:
+        rng = self.random
+        return rng.choice([rng.randrange(-1 << 31, 1 << 31), rng.randrange(-40, 40), -1 << 31, (1 << 31) - 1])
+
+    def block(self, depth: int) -> None:
+        for _ in range(self.random.randint(3, 6)):
+            kind = self.random.choices(
+                [self.unit, self.pair, self.scalar, self.read, self.barrier, self.skip, self.loop],
+                [8, 2, 5, 2, 1, 2, 2 if depth < len(self.counters) else 0])[0]
+            kind(depth)
+
+    def operands(self) -> dict[str, int]:
+        rng = self.random
+        return {"first": self.any(), "second": self.any(), "literal": rng.getrandbits(1), "value": self.value()}
+
+    def any(self) -> int:
+        """A register that may be read."""
+        return self.random.choice([*range(ARGUMENTS), *self.general, ZERO])
+
+    def unit(self, depth: int) -> None:
+        """Any bits, but for tokens and bindings, under up to four bindings at any places behind the header."""
+        rng = self.random
+        cls = UNIT_CLASSES[rng.choice(list(Unit))]
+        fields = decode((rng.getrandbits(BINDING_LOW) & ~15 | cls.opcode).to_bytes(INSTRUCTION_BYTES, "little"))
+        places = range(2, BINDING_LOW // 16)
+        binds = {f"bind{slot}": 1 << 11 | rng.getrandbits(1) << 10 | rng.choice(places) << 5 | self.any()
+                 for slot in rng.sample(range(BINDINGS), rng.choice([0, 0, 1, 2, 3, 4]))}
+        self.program.append(dataclasses.replace(fields, wait=0, signal=0, **binds))
+
+    def pair(self, depth: int) -> None:
+        first, second = self.random.choices(list(Unit), k=2)
+        self.program += [UNIT_CLASSES[first](signal=1 << second), UNIT_CLASSES[second](wait=1 << first, tag=7)]
+
+    def scalar(self, depth: int) -> None:
+        for _ in range(self.random.randint(1, 4)):
+            self.program.append(Scalar(operation=self.random.choice(list(ScalarOp)), **self.operands(),
+                                       target=self.random.choice(self.general)))
+
+    def read(self, depth: int) -> None:
+        """At an address made of a register of any value."""
+        rng, target, result = self.random, *self.random.sample(self.general, 2)
+        limit = {"target": target, "first": target, "literal": 1}
+        self.program += [
+            Scalar(operation=ScalarOp.MAXIMUM, value=0, **limit),
+            Scalar(operation=ScalarOp.MINIMUM, value=SEGMENT_BYTES // 4 - 3, **limit),
+            Scalar(operation=ScalarOp.MULTIPLY, value=4, **limit),
+            Read(target=result, first=target, base=rng.randrange(SEGMENTS), offset=rng.choice([0, 8])),
+        ]
+
+    def barrier(self, depth: int) -> None:
+        self.program.append(Barrier())
+
+    def skip(self, depth: int) -> None:
+        place = len(self.program)
+        self.program.append(End())  # its place
+        for _ in range(self.random.randint(1, 4)):
+            self.random.choice([self.unit, self.scalar])(depth)
+        self.program[place] = Branch(**self.operands(), destination=len(self.program))
+
+    def loop(self, depth: int) -> None:
+        counter, start = self.counters[depth], len(self.program) + 1
+        self.program.append(set_register(counter, 0))
+        self.block(depth + 1)
+        self.program += [Scalar(operation=ScalarOp.ADD, target=counter, first=counter, literal=1, value=1),
+                         Branch(first=counter, literal=1, value=self.random.randint(1, 3), destination=start)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_loops_dispatch_what_the_reference_does(seed):
+    chance, latency = ((0.0, 1), (0.0, 40), (0.3, 5), (0.6, 20))[seed % 4]
+    config = dataclasses.replace(CONFIG, bus_bytes=(8, 32)[seed % 2])
+    rng = random.Random(seed)
+    program = Programs(seed).make()
+    arguments = [rng.getrandbits(32) for _ in range(ARGUMENTS)]
+    memory = AXIMemory(config, 1 << 15, seed=seed, latency=latency, waits=Waits(seed, chance))
+    segments = [(1 << 14) + 1024 * number + 4 * number for number in range(SEGMENTS)]
+    raw = b"".join(item.encode() for item in program)
+    memory.bytes[PROGRAM:PROGRAM + len(raw)] = list(raw)
+
+    def read(segment: int, offset: int) -> int:
+        return int.from_bytes(memory.bytes[segments[segment] + offset:][:4].tobytes(), "little")
+
+    expected = list(dispatched(program.__getitem__, len(program), arguments, read))
+    dut = Machine(config, segments)
+    sim, units = simulator(dut), Units(dut, [item for _, item in expected], Waits(seed + 1, chance))
+
+    async def settings(ctx) -> None:
+        ctx.set(dut.address, PROGRAM)
+        ctx.set(dut.length, len(program))
+        for number, value in enumerate(arguments):
+            ctx.set(dut.arguments[number], value)
+        fault, index = await ctx.tick().sample(dut.fault_valid, dut.index).until(dut.finished)
+        assert not fault and index == len(program) - 1
+        assert not any(units.queues.values()) and not any(units.held.values())
+
+    sim.add_testbench(settings)
+    sim.add_testbench(units.serve, background=True)
+    sim.add_testbench(memory.serve(dut.bus), background=True)
+    run(sim, cycles=100_000)
+    assert units.started
+    assert all(burst.id == 0 for burst in memory.bursts)

@@ -133,14 +133,15 @@ def test_load_moves_every_word_in_order(config, chance):
 
 
 @paces
-def test_store_changes_the_bytes_of_its_mask_only(config, chance):
+def test_store_changes_the_bytes_of_its_rotated_mask_only(config, chance):
     rng = random.Random(2)
     masks = [(1 << config.lanes) - 1, 0, *(rng.getrandbits(config.lanes) for _ in range(4))]
-    instructions = [random_transfer(rng, Store, config, region, mask=mask) for region, mask in enumerate(masks, 1)]
+    instructions = [random_transfer(rng, Store, config, region, mask=mask, rotate=rng.randrange(config.lanes))
+                    for region, mask in enumerate(masks, 1)]
     dut, sim, pool, memory = bench(config, Waits(7, chance), latency=7)
     expected = memory.bytes.copy()
     for item in instructions:
-        lanes = np.array([item.mask >> lane & 1 for lane in range(config.lanes)], bool)
+        lanes = np.roll(np.array([item.mask >> lane & 1 for lane in range(config.lanes)], bool), item.rotate)
         for source, where in words_of(config, item):
             expected[where:where + config.word_bytes][lanes] = pool.words[source][lanes]
     for testbench in driver(dut.store, instructions, Waits(8, chance)):
@@ -163,7 +164,7 @@ def test_illegal_fields_are_refused_without_work(cls):
     dut, sim, pool, memory = bench(TEST)
     port = dut.load if cls is Load else dut.store
     fields = [{"run": 0}, {"rows": 0}, {"planes": 0}, {"base": SEGMENTS}, {"offset": 16}, {"row_bytes": 8},
-              {"plane_bytes": 1}]
+              {"plane_bytes": 1}, *([{"rotate": TEST.lanes}, {"rotate": 127}] if cls is Store else [])]
 
     async def testbench(ctx) -> None:
         for wrong in fields:

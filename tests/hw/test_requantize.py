@@ -1,32 +1,39 @@
 """Requantizer against numerics.requantize."""
 
 import numpy as np
+import pytest
 
 from tests.kit.streams import Waits, run, simulator
-from weft.arch.numerics import ACC_MAX, ACC_MIN, MAX_SHIFT, MULT_BITS, S8, U8, requantize
+from weft.arch.numerics import ACC_MAX, ACC_MIN, INT16, MAX_COMBINED_SHIFT, MULT_BITS, S8, U8, requantize
 from weft.hw.requantize import Requantizer
 
 LANES = 4
 
 
-def items(seed: int, count: int):
+def items(seed: int, count: int, all_bounds):
     """Random items of every size, ties and corners among them."""
     rng = np.random.default_rng(seed)
     acc = rng.integers(ACC_MIN, ACC_MAX, (count, LANES), endpoint=True) >> rng.integers(0, 32, (count, LANES))
     mult = rng.integers(0, 1 << MULT_BITS, (count, LANES)) >> rng.integers(0, MULT_BITS, (count, LANES))
-    shift = rng.integers(0, MAX_SHIFT, (count, LANES), endpoint=True)
+    shift = rng.integers(0, MAX_COMBINED_SHIFT, (count, LANES), endpoint=True)
     ties = rng.random((count, LANES)) < 0.3  # a small odd accumulator over a small power of two
     acc[ties] = rng.integers(-100, 100, ties.sum()) * 2 + 1
     mult[ties], shift[ties] = 1 << rng.integers(0, 3, ties.sum()), rng.integers(0, 5, ties.sum())
-    acc[0], acc[1], mult[:2], shift[0], shift[1] = ACC_MIN, ACC_MAX, (1 << MULT_BITS) - 1, MAX_SHIFT, 0
-    bounds = np.array([S8, U8, (0, 96), (-256, 255)])[rng.integers(0, 4, count)]
+    corners = [(value, shift) for value in (ACC_MIN, ACC_MAX) for shift in (0, 46, 47, 48, 49, MAX_COMBINED_SHIFT)]
+    for index, (acc[index], shift[index]) in enumerate(corners):
+        mult[index] = (1 << MULT_BITS) - 1
+    bounds = np.array(all_bounds)[rng.integers(0, len(all_bounds), count)]
     return acc, mult, shift, bounds
 
 
-def test_matches_numerics_under_stalls():
-    acc, mult, shift, bounds = items(1, 400)
-    expected = requantize(acc, mult, shift, bounds[:, :1], bounds[:, 1:]) & 255
-    dut = Requantizer(LANES, meta_shape=16)
+@pytest.mark.parametrize(("code_bits", "all_bounds"), [
+    (8, [S8, U8, (0, 96), (-256, 255)]),
+    (16, [S8, U8, INT16, (-1 << 16, (1 << 16) - 1)]),
+])
+def test_matches_numerics_under_stalls(code_bits, all_bounds):
+    acc, mult, shift, bounds = items(1, 400, all_bounds)
+    expected = requantize(acc, mult, shift, bounds[:, :1], bounds[:, 1:]) & (1 << code_bits) - 1
+    dut = Requantizer(LANES, meta_shape=16, code_bits=code_bits)
     results = []
 
     async def drive(ctx):

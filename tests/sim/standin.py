@@ -7,6 +7,7 @@ at once, with fault index 1. Each beat read counts as a write of the load unit, 
 """
 
 from weft.arch.config import EngineConfig
+from weft.arch.isa import Unit
 from weft.arch.registers import ADDRESS_BITS, MAGIC, REGISTERS, Status
 
 NO_READ, NO_WRITE, ENDLESS, STROBES = 1, 2, 4, 8
@@ -42,8 +43,8 @@ module weft_engine(
   input [{ADDRESS_BITS - 1}:0] s_axil_awaddr, input [2:0] s_axil_awprot, input s_axil_awvalid, output s_axil_awready,
   input [31:0] s_axil_wdata, input [3:0] s_axil_wstrb, input s_axil_wvalid, output s_axil_wready,
   output [1:0] s_axil_bresp, output reg s_axil_bvalid, input s_axil_bready,
-  {port("mon_load")} {port("mon_matrix")} {port("mon_vector")}
-  output [3:0] mon_start, output [3:0] mon_retire, output irq);
+  {port("mon_load")} {port("mon_matrix")} {port("mon_vector")} {port("mon_row")}
+  output [{len(Unit) - 1}:0] mon_start, output [{len(Unit) - 1}:0] mon_retire, output mon_running, output irq);
 
   localparam BURST = {config.burst_beats};
   reg [31:0] file [0:255];
@@ -71,8 +72,8 @@ module weft_engine(
   assign irq = status >= {Status.DONE};
   assign mon_load_valid = fed, mon_load_address = r, mon_load_tag = 7, mon_load_mask = r;
   assign mon_load_data = {{{lanes // bus}{{m_axi_rdata}}}};
-  assign mon_matrix_valid = 0, mon_vector_valid = 0;
-  assign mon_start = start ? 4'b0011 : 0, mon_retire = finished ? 4'b0011 : 0;
+  assign mon_matrix_valid = 0, mon_vector_valid = 0, mon_row_valid = 0, mon_running = running;
+  assign mon_start = start ? 'b0011 : 0, mon_retire = finished ? 'b0011 : 0;
 
   always @(posedge clk) begin
     if (write) file[s_axil_awaddr[{ADDRESS_BITS - 1}:2]] <= s_axil_wdata;

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.sim.standin import ENDLESS, NO_WRITE, standin
-from weft.arch.errors import EngineFault, ModelError, ToolError
-from weft.arch.isa import End, Load, Store, Unit
+from weft.arch.errors import EngineFault, MismatchError, ModelError, ToolError
+from weft.arch.isa import ZERO, Barrier, Branch, End, Load, Read, Scalar, ScalarOp, Store, Unit
 from weft.arch.registers import MAGIC, Status
 from weft.sim.memory import PRESETS
 from weft.sim.rtl import RtlDevice, Waves
@@ -55,6 +55,35 @@ def test_trace(copier, config):
         assert (log.tag == 7).all() and log.mask.dtype == bool
         assert log.data[:, : config.bus_bytes].tobytes() == device.read_memory(0, 64 * BLOCKS)
         assert list(trace.retire[Unit.STORE]) == [counters["cycles"] - 1] and len(trace.start[Unit.MATRIX]) == 0
+
+
+def test_observer_sees_every_slice_once(copier, config):
+    seen = []
+    device = loaded(copier(observer=seen.append, trace=True))
+    for _ in range(2):
+        seen.clear()
+        blocks = BLOCKS * 40
+        device.allocate(64 * blocks * 2)
+        counters, trace = device.execute(0, blocks, [0, 0, 0, 64 * blocks, 0, 0])
+        beats = 64 * blocks // config.bus_bytes
+        assert trace is None and len(seen) > 1
+        logs = [part.writes[Unit.LOAD] for part in seen]
+        np.testing.assert_array_equal(np.concatenate([log.address for log in logs]), np.arange(beats) % (1 << 16))
+        cycles = np.concatenate([log.cycle for log in logs])
+        assert (np.diff(cycles.astype(np.int64)) > 0).all() and cycles[-1] < counters["cycles"]
+        assert [list(part.retire[Unit.STORE]) for part in seen if len(part.retire[Unit.STORE])] == [
+            [counters["cycles"] - 1]]
+
+
+def test_what_the_observer_raises_ends_the_run(copier):
+    def observer(part):
+        raise MismatchError("enough")
+
+    device = loaded(copier(observer=observer))
+    with pytest.raises(MismatchError, match="enough"):
+        device.execute(0, BLOCKS, [0, 0, 0, TARGET, ENDLESS | NO_WRITE, 0])
+    device.observer = None
+    device.execute(0, BLOCKS, COPY)
 
 
 def test_devices_are_independent(copier):
@@ -163,11 +192,11 @@ def moves(config, rows=ROWS):
             Store(base=3, wait=1 << Unit.LOAD, mask=odd, **window), End())
 
 
-def run_on(device, program, content):
+def run_on(device, program, content, arguments=()):
     device.allocate(1 << 16)
     device.write_memory(0, b"".join(instruction.encode() for instruction in program))
     device.write_memory(0x4000, content.tobytes())
-    return device.execute(0, len(program), [0, 0, 0x4000, 0x8000, 0, 0, 0, 0])
+    return device.execute(0, len(program), [0, 0, 0x4000, 0x8000, 0, 0, 0, 0], arguments)
 
 
 @pytest.mark.parametrize("memory", PRESETS)
@@ -205,3 +234,60 @@ def test_engine_faults_and_recovers(engine, config):
             run_on(device, program, content)
     counters, _ = run_on(device, (load, store, end), content)
     assert counters["load_retired"] == 1
+
+
+def gathers(config):
+    """A program that moves rows, in the order of their numbers behind the image, by a loop over as many as argument 0.
+
+    Argument 1 is the word of the scratchpad where the first goes.
+    """
+    row = RUN * config.lanes
+    window = {"run": RUN, "rows": 1, "planes": 1}
+    number, source, target, place, bytes_of_number = range(8, 13)
+
+    def scalar(operation, target, first, value):
+        return Scalar(operation=operation, target=target, first=first, literal=1, value=value)
+
+    return (
+        scalar(ScalarOp.ADD, number, ZERO, 0),
+        scalar(ScalarOp.MULTIPLY, bytes_of_number, number, 4),
+        Read(target=source, base=2, offset=ROWS * row, first=bytes_of_number),
+        scalar(ScalarOp.MULTIPLY, source, source, row),
+        scalar(ScalarOp.MULTIPLY, target, number, row),
+        scalar(ScalarOp.MULTIPLY, place, number, RUN),
+        Scalar(operation=ScalarOp.ADD, target=place, first=place, second=1),
+        Load(base=2, signal=1 << Unit.STORE, **window).bind(offset=source, address=place),
+        Store(base=3, wait=1 << Unit.LOAD, mask=(1 << config.lanes) - 1, **window).bind(offset=target, address=place),
+        scalar(ScalarOp.ADD, number, number, 1),
+        Branch(first=number, second=0, destination=1),
+        Barrier(),
+        End(),
+    )
+
+
+@pytest.mark.parametrize("memory", PRESETS)
+def test_engine_loops_over_bound_addresses(engine, config, memory):
+    rng = np.random.default_rng(5)
+    order = rng.integers(0, ROWS, 9)
+    content = np.concatenate([
+        rng.integers(0, 256, ROWS * RUN * config.lanes, np.uint8), order.astype("<u4").view(np.uint8)])
+    device = engine(trace=True, memory=PRESETS[memory])
+    for count in (9, 4):
+        counters, trace = run_on(device, gathers(config), content, [count, 300])
+        rows = content[:ROWS * RUN * config.lanes].reshape(ROWS, -1)
+        stored = np.frombuffer(device.read_memory(0x8000, 10 * rows.shape[1]), np.uint8).reshape(10, -1)
+        np.testing.assert_array_equal(stored[:count], rows[order[:count]])
+        assert not stored[count:].any()
+        assert counters["load_retired"] == counters["store_retired"] == count
+        np.testing.assert_array_equal(trace.writes[Unit.LOAD].address, 300 + np.arange(count * RUN))
+
+
+def test_engine_names_the_instruction_of_a_loop_that_faults(engine, config):
+    content = np.zeros((ROWS * RUN + 1, config.lanes), np.uint8)
+    device = engine(watchdog=2000)
+    with pytest.raises(EngineFault, match=r"outside the pool; load unit, instruction 7: load .*offset.*address.*r"):
+        run_on(device, gathers(config), content, [9, config.pool_words - RUN])
+    with pytest.raises(EngineFault, match="illegal instruction; dispatcher, instruction 0: scalar"):
+        run_on(device, (Scalar(target=3), End()), content)
+    with pytest.raises(EngineFault, match=r"watchdog time-out.*dispatcher, instruction 0: branch"):
+        run_on(device, (Branch(first=ZERO, literal=1, value=1), End()), content)
