@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
+from weft.arch.config import EngineConfig
 from weft.arch.errors import WeftError
-from weft.arch.isa import Load, Matrix, Store, Unit, Vector, VectorOp
+from weft.arch.isa import Instruction, Load, Matrix, Row, RowLayout, RowOp, Store, Unit, Vector, VectorOp
 from weft.arch.program import Program, Segment
 from weft.arch.trace import WRITERS, Trace, WriteLog
 from weft.sim.machine import Machine
@@ -17,8 +22,9 @@ from weft.sim.machine import Machine
 class Difference:
     """One difference. `what` is data, address, tag, mask, count (of writes), shape or layer (one is missing).
 
-    `index` is (y, x, channel) in the layer's output where the Program tells it; `write` counts the unit's
-    scratchpad writes, `instruction` the Program's instructions. None is what does not apply.
+    `index` is (y, x, channel) in the layer's output where the Program tells it, y in a language model counting from
+    the instruction's first row; `write` counts the unit's scratchpad writes, `instruction` the Program's
+    instructions. None is what does not apply.
     """
 
     layer: str
@@ -53,12 +59,9 @@ def first_difference(expected: Trace, actual: Trace, program: Program) -> Differ
     Each unit's writes are compared in order; among the units' first differences the one with the smallest
     cycle of `actual` is returned. `expected` must be the trace of `program`.
     """
-    found = [
+    return _earliest(
         difference for unit in WRITERS
-        if (difference := _unit_difference(unit, _log(expected, unit, program), _log(actual, unit, program), program))
-    ]
-    never = np.iinfo(np.int64).max  # a write that is missing shows at the end
-    return min(found, key=lambda d: never if d.cycle is None else d.cycle, default=None)
+        if (difference := _unit_difference(unit, _log(expected, unit, program), _log(actual, unit, program), program)))
 
 
 def compare_layers(expected: dict[str, np.ndarray], actual: dict[str, np.ndarray]) -> Difference | None:
@@ -76,6 +79,105 @@ def compare_layers(expected: dict[str, np.ndarray], actual: dict[str, np.ndarray
     return None
 
 
+class StreamingComparison:
+    """Compares a run while it goes on with the functional machine's, which is advanced as far as needed.
+
+    `steps` yields what FunctionalDevice.steps yields. Give `consume` the traces of successive parts of the run, then
+    call `finish`. Each unit's writes are compared in order; `difference` is the first one found, in the order of
+    cycles within a part; behind it nothing is compared. `compared` counts writes that were equal. What is kept in
+    memory are the writes of instructions by which one unit is ahead of another.
+    """
+
+    def __init__(self, program: Program, steps: Iterator[tuple[int, Instruction, WriteLog | None]]) -> None:
+        self.program = program
+        self.difference: Difference | None = None
+        self._steps = iter(steps)
+        self._waiting: dict[Unit, deque[_Expected]] = {unit: deque() for unit in WRITERS}
+        self._done = dict.fromkeys(WRITERS, 0)  # writes of each unit compared
+
+    @property
+    def compared(self) -> int:
+        return sum(self._done.values())
+
+    def consume(self, trace: Trace) -> None:
+        """Compares the next part of the run. `trace` need not hold every unit."""
+        if self.difference is not None:
+            return
+        self._keep(found for unit, log in trace.writes.items() if (found := self._unit(unit, log)))
+
+    def finish(self) -> Difference | None:
+        """Ends the comparison: every write must have come. Returns `difference`."""
+        if self.difference is None:
+            for _ in self._advance():
+                pass
+            self._keep(self._missing(unit) for unit in WRITERS if self._next(unit))
+        return self.difference
+
+    def _keep(self, found: Iterator[Difference]) -> None:
+        self.difference = _earliest(found)
+
+    def _unit(self, unit: Unit, log: WriteLog) -> Difference | None:
+        at = 0
+        while at < len(log):
+            expected = self._next(unit)
+            if expected is None:
+                return Difference(_layer_name(self.program, int(log.tag[at])), "count", self._done[unit],
+                                  self._done[unit] + len(log) - at, unit, self._done[unit],
+                                  address=int(log.address[at]), cycle=int(log.cycle[at]))
+            count = min(len(log) - at, len(expected.log) - expected.compared)
+            want, got = _part(expected.log, expected.compared, count), _part(log, at, count)
+            if mismatch := _mismatch(want, got):
+                return _difference(self.program, unit, self._done[unit], want, got, mismatch, expected.number,
+                                   expected.instruction, expected.compared + mismatch[0])
+            expected.compared += count
+            self._done[unit] += count
+            at += count
+        return None
+
+    def _next(self, unit: Unit) -> _Expected | None:
+        """What `unit` must write next; None if nothing any more."""
+        waiting = self._waiting[unit]
+        while waiting and waiting[0].compared == len(waiting[0].log):
+            waiting.popleft()
+        if not waiting:
+            next((step for step in self._advance() if step == unit), None)
+        return waiting[0] if waiting else None
+
+    def _advance(self) -> Iterator[Unit]:
+        """Runs the functional machine, a unit that has something to write for each item."""
+        for number, instruction, log in self._steps:
+            if log is not None and len(log):
+                assert instruction.unit is not None
+                self._waiting[instruction.unit].append(_Expected(number, instruction, log))
+                yield instruction.unit
+
+    def _missing(self, unit: Unit) -> Difference:
+        expected = self._waiting[unit][0]
+        done, left = self._done[unit], sum(len(item.log) - item.compared for item in self._waiting[unit])
+        return Difference(_layer_name(self.program, expected.instruction.tag), "count", done + left, done, unit, done,
+                          expected.number, address=int(expected.log.address[expected.compared]))
+
+
+@dataclass
+class _Expected:
+    """The writes of an instruction, of which `compared` were compared."""
+
+    number: int
+    instruction: Instruction
+    log: WriteLog
+    compared: int = 0
+
+
+def _part(log: WriteLog, first: int, count: int) -> WriteLog:
+    own = slice(first, first + count)
+    return WriteLog(log.cycle[own], log.address[own], log.tag[own], log.data[own], log.mask[own])
+
+
+def _earliest(found: Iterator[Difference]) -> Difference | None:
+    never = np.iinfo(np.int64).max  # a write that is missing shows at the end
+    return min(found, key=lambda d: never if d.cycle is None else d.cycle, default=None)
+
+
 def _log(trace: Trace, unit: Unit, program: Program) -> WriteLog:
     if unit in trace.writes:
         return trace.writes[unit]
@@ -86,32 +188,52 @@ def _log(trace: Trace, unit: Unit, program: Program) -> WriteLog:
 
 def _unit_difference(unit: Unit, expected: WriteLog, actual: WriteLog, program: Program) -> Difference | None:
     n = min(len(expected), len(actual))
+    want, got = _part(expected, 0, n), _part(actual, 0, n)
+    if mismatch := _mismatch(want, got):
+        return _difference(program, unit, 0, want, got, mismatch, *_origin(unit, mismatch[0], program))
+    if len(expected) == len(actual):
+        return None
+    longer = expected if len(expected) > n else actual
+    number = _origin(unit, n, program)[0] if longer is expected else None
+    cycle = None if longer is expected else int(actual.cycle[n])
+    return Difference(_layer_name(program, int(longer.tag[n])), "count", len(expected), len(actual), unit, n, number,
+                      address=int(longer.address[n]), cycle=cycle)
+
+
+def _mismatch(expected: WriteLog, actual: WriteLog) -> tuple[int, str, int | None] | None:
+    """The first write that differs, in what, and in which lane, of logs of equal length."""
     wrong = {
-        "address": expected.address[:n] != actual.address[:n],
-        "tag": expected.tag[:n] != actual.tag[:n],
-        "mask": (expected.mask[:n] != actual.mask[:n]).any(axis=1),
-        "data": ((expected.data[:n] != actual.data[:n]) & expected.mask[:n]).any(axis=1),
+        "address": expected.address != actual.address,
+        "tag": expected.tag != actual.tag,
+        "mask": (expected.mask != actual.mask).any(axis=1),
+        "data": ((expected.data != actual.data) & expected.mask).any(axis=1),
     }
     different = np.logical_or.reduce(list(wrong.values()))
     if not different.any():
-        if len(expected) == len(actual):
-            return None
-        longer = expected if len(expected) > n else actual
-        where = _place(unit, n, program) if longer is expected else {}
-        cycle = None if longer is expected else int(actual.cycle[n])
-        return Difference(_layer_name(program, int(longer.tag[n])), "count", len(expected), len(actual), unit, n,
-                          address=int(longer.address[n]), cycle=cycle, **where)
+        return None
     k = int(different.argmax())
     what = next(name for name, flags in wrong.items() if flags[k])
-    want, got = getattr(expected, what)[k], getattr(actual, what)[k]
-    lane = None
-    if what in ("mask", "data"):
-        lane = int(((want != got) & (expected.mask[k] | (what == "mask"))).argmax())
-        want, got = want[lane], got[lane]
+    if what not in ("mask", "data"):
+        return k, what, None
+    lanes = getattr(expected, what)[k] != getattr(actual, what)[k]
+    return k, what, int((lanes & (expected.mask[k] | (what == "mask"))).argmax())
+
+
+def _difference(program: Program, unit: Unit, before: int, expected: WriteLog, actual: WriteLog,
+                mismatch: tuple[int, str, int | None], number: int | None, instruction: Instruction | None,
+                write: int) -> Difference:
+    """`before` writes of the unit precede the logs; the one that differs is the `write`-th of its instruction."""
+    k, what, lane = mismatch
+    place = (k,) if lane is None else (k, lane)
+    want, got = getattr(expected, what)[place], getattr(actual, what)[place]
     tag = int(expected.tag[k])
+    index = None
+    if number is not None and instruction is not None and lane is not None:
+        with suppress(WeftError):  # a faulty Program; address and lane must do
+            index = _index(program, number, instruction, write, lane)
     return Difference(
-        _layer_name(program, tag), what, _value(want, what, tag, program), _value(got, what, tag, program), unit, k,
-        address=int(expected.address[k]), lane=lane, cycle=int(actual.cycle[k]), **_place(unit, k, program, lane))
+        _layer_name(program, tag), what, _value(want, what, tag, program), _value(got, what, tag, program), unit,
+        before + k, number, index, int(expected.address[k]), lane, int(actual.cycle[k]))
 
 
 def _value(raw: np.generic, what: str, tag: int, program: Program) -> int:
@@ -124,42 +246,48 @@ def _layer_name(program: Program, tag: int) -> str:
     return program.layers[tag].name if tag < len(program.layers) else f"tag {tag}"
 
 
-def _place(unit: Unit, write: int, program: Program, lane: int | None = None) -> dict[str, object]:
-    """Instruction and, with a lane, index in the layer's output of the `write`-th write of a unit.
+# Where in the Program a write comes from. How many writes a MATRIX instruction with descriptors makes, and of which
+# channels, is in its parameters, so the loads of constants are replayed, in program order.
 
-    Empty when the Program does not tell. How many writes a MATRIX instruction makes is in its parameters, so
-    the loads of constants are replayed.
+
+def _origin(unit: Unit, write: int, program: Program) -> tuple[int | None, Instruction | None, int]:
+    """Number and instruction of the `write`-th write of a unit, and which one of the instruction's writes it is.
+
+    Nones when the Program does not tell: it is faulty, or has branches.
     """
+    try:
+        for number, instruction, machine in _replayed(program):
+            if instruction.unit == unit:
+                count = int(_write_counts(machine, instruction).sum())
+                if write < count:
+                    return number, instruction, write
+                write -= count
+    except WeftError:
+        pass
+    return None, None, write
+
+
+def _replayed(program: Program) -> Iterator[tuple[int, Instruction, Machine]]:
+    """Every instruction, with a machine that has loaded the constants before it."""
     memory = np.zeros(max(program.segment_bytes[Segment.CONSTANTS], program.constants.size), np.uint8)
     memory[: program.constants.size] = program.constants
     machine = Machine(program.config, memory, (0,))
-    before = 0
-    try:
-        for number, instruction in enumerate(program.decoded()):
-            if instruction.unit == Unit.LOAD and instruction.base == Segment.CONSTANTS:
-                machine.tokens[:] = 1  # only the effect on the scratchpad is wanted
-                machine.step(number, instruction)
-            if instruction.unit != unit:
-                continue
-            counts = _write_counts(machine, instruction)
-            if write < before + counts.sum():
-                place: dict[str, object] = {"instruction": number}
-                if isinstance(instruction, Matrix | Vector) and lane is not None:
-                    index = _index(machine, program, number, instruction, counts, write - before, lane)
-                    place |= {"index": index} if index else {}
-                return place
-            before += int(counts.sum())
-    except WeftError:
-        pass  # a faulty Program; address and lane must do
-    return {}
+    for number, instruction in enumerate(program.decoded()):
+        if isinstance(instruction, Load) and (instruction.unit, instruction.base) == (Unit.LOAD, Segment.CONSTANTS):
+            machine.tokens[:] = 1  # only the effect on the scratchpad is wanted
+            machine.step(number, instruction)
+        yield number, instruction, machine
 
 
-def _write_counts(machine: Machine, i: Load | Matrix | Vector) -> np.ndarray:
+def _write_counts(machine: Machine, i: Instruction) -> np.ndarray:
     """Scratchpad writes of an instruction by part: tiles of MATRIX, blocks of VECTOR, planes of LOAD."""
     if isinstance(i, Load):
         return np.full(0 if isinstance(i, Store) else i.planes, i.rows * i.run)
     if isinstance(i, Matrix):
+        if i.plain:
+            return np.full(0 if i.hold else i.tiles, i.rows * i.columns * (1 + i.double))
         return machine.matrix_descriptors(i)[2].any(axis=2).sum(axis=1) * (i.rows * i.columns)
+    assert isinstance(i, Vector)
     return np.full(i.blocks, i.rows * i.columns * _taps_written(i))
 
 
@@ -167,27 +295,82 @@ def _taps_written(i: Vector) -> int:
     return i.kernel_y * i.kernel_x if i.operation == VectorOp.COLUMNS else 1
 
 
-def _index(machine: Machine, program: Program, number: int, i: Matrix | Vector, counts: np.ndarray, write: int,
-           lane: int) -> tuple[int, int, int] | None:
+def _index(program: Program, number: int, i: Instruction, write: int, lane: int) -> tuple[int, int, int] | None:
     """(y, x, channel) of byte `lane` of the `write`-th write of instruction `number`; None for no logical channel."""
-    layer, config = program.layers[i.tag], machine.config
-    if layer.unit.upper() != i.unit.name:
+    if i.tag >= len(program.layers) or i.unit is None or program.layers[i.tag].unit.upper() != i.unit.name:
         return None
-    part = int(np.searchsorted(counts.cumsum(), write, side="right"))
-    write -= int(counts[:part].sum())
-    number_of_part = int(program.first_part[number]) + part
-    if isinstance(i, Matrix):
-        _, group, mask = machine.matrix_descriptors(i)
-        used = np.flatnonzero(mask[part].any(axis=1))
-        pixel, which = divmod(write, len(used))
-        column = lane - int(group[part, used[which]]) * config.columns
-        if not (0 <= column < config.columns and mask[part, used[which], column]):
+    config = program.config
+    match i:
+        case Matrix() if i.plain:
+            place = _plain_place(i, write, lane, config)
+        case Matrix():
+            place = _described_place(program, number, i, write, lane)
+        case Vector():
+            part, rest = divmod(write, i.rows * i.columns * _taps_written(i))
+            pixel, tap = divmod(rest, _taps_written(i))
+            place = pixel, (part * _taps_written(i) + tap) * config.lanes + lane
+        case Row():
+            place = _row_place(i, write, lane, config)
+        case _:
             return None
-        position = number_of_part * config.columns + column
-    else:
-        taps = _taps_written(i)
-        pixel, tap = divmod(write, taps)
-        position = (number_of_part * taps + tap) * config.lanes + lane
-    channel = layer.channel_of[position] if position < len(layer.channel_of) else -1
+    if place is None:
+        return None
+    pixel, position = place
     y, x = divmod(pixel, i.columns)
-    return (int(program.first_row[number]) + y, x, channel) if channel >= 0 else None
+    part = config.columns if isinstance(i, Matrix) else config.lanes
+    if isinstance(i, Vector):
+        part *= _taps_written(i)
+    if program.language is not None:  # columns are further positions
+        position += x * part * (i.tiles if isinstance(i, Matrix) else i.blocks)
+        x = 0
+    position += int(program.first_part[number]) * part
+    channel_of = program.layers[i.tag].channel_of
+    if position >= len(channel_of) or channel_of[position] < 0:
+        return None
+    return int(program.first_row[number]) + y, x, channel_of[position]
+
+
+# Pixel, and position behind the instruction's first part, of a byte.
+
+
+def _plain_place(i: Matrix, write: int, lane: int, config: EngineConfig) -> tuple[int, int] | None:
+    tile, rest = divmod(write, i.rows * i.columns * (1 + i.double))
+    group, column = divmod(lane, config.columns)
+    if group != (i.group + tile) % (config.lanes // config.columns):
+        return None
+    return rest // (1 + i.double), tile * config.columns + column
+
+
+def _described_place(program: Program, number: int, i: Matrix, write: int, lane: int) -> tuple[int, int] | None:
+    _, _, machine = next(islice(_replayed(program), number, None))
+    counts = _write_counts(machine, i)
+    tile = int(np.searchsorted(counts.cumsum(), write, side="right"))
+    _, group, mask = machine.matrix_descriptors(i)
+    used = np.flatnonzero(mask[tile].any(axis=1))
+    pixel, which = divmod(write - int(counts[:tile].sum()), len(used))
+    columns = program.config.columns
+    column = lane - int(group[tile, used[which]]) * columns
+    if not (0 <= column < columns and mask[tile, used[which], column]):
+        return None
+    return pixel, tile * columns + column
+
+
+def _row_place(i: Row, write: int, lane: int, config: EngineConfig) -> tuple[int, int] | None:
+    """Scales and answers have no place."""
+    if i.operation == RowOp.ARGMAX:
+        return None
+    lanes, tiles = config.lanes, config.lanes // config.columns
+    if i.operation not in (RowOp.QUANTIZE, RowOp.SOFTMAX):
+        words, scales = 2, 0  # of a block, of a row
+    else:
+        words = {RowLayout.PLAIN: 1, RowLayout.KEYS: config.columns, RowLayout.VALUES: tiles}[RowLayout(i.layout)]
+        scales = 2 if i.layout == RowLayout.VALUES else 1
+    pixel, rest = divmod(write, i.blocks * words + scales)
+    block, word = divmod(rest, words)
+    if block >= i.blocks:
+        return None
+    if scales and i.layout == RowLayout.KEYS:
+        lane = word * tiles + lane // config.columns
+    elif scales and i.layout == RowLayout.VALUES:
+        lane = word * config.columns + lane % config.columns
+    return pixel, block * lanes + lane

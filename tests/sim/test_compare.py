@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+from tests.kit.looped import Looped
 from weft.arch.config import load_config
 from weft.arch.errors import EngineFault, ModelError
-from weft.arch.isa import End, Instruction, Load, Matrix, Store, Unit, Vector, VectorOp
-from weft.arch.program import InputTensor, Layer, OutputTensor, Program
+from weft.arch.isa import End, Instruction, Load, Matrix, Row, RowLayout, RowOp, Store, Unit, Vector, VectorOp
+from weft.arch.program import InputTensor, Layer, OutputTensor, Program, Segment
 from weft.arch.trace import Trace, WriteLog
 from weft.sim import golden
-from weft.sim.compare import compare_layers, first_difference
-from weft.sim.functional import FunctionalDevice, LayerResults
+from weft.sim.compare import StreamingComparison, _index, compare_layers, first_difference
+from weft.sim.functional import FunctionalDevice
+from weft.sim.machine import Machine
+from weft.sim.results import LayerResults
 
 TEST = load_config("test")
 SIZE, CHANNELS = 6, 7  # image and feature size, output channels of both layers
@@ -49,9 +52,9 @@ class Network:
                 weights[tile, :27, column] = self.weights[channel].reshape(-1)
                 bias[tile, column], scale[tile, column] = self.bias[channel], self.mult[channel] | 20 << 16
             descriptors[tile, 2], descriptors[tile, 4] = 2 + tile, 15
-        nibbles = (weights & 15).astype(np.uint8).reshape(-1, 2)
+        weights = weights.astype(np.uint8) & 15
         parameters = b"".join(bias[t].tobytes() + scale[t].tobytes() + descriptors[t].tobytes() for t in range(2))
-        return (nibbles[:, 0] | nibbles[:, 1] << 4).tobytes(), parameters
+        return (weights[:, ::2] | weights[:, 1::2] << 4).tobytes(), parameters
 
     def vector_constants(self) -> bytes:
         bias, scale, weights = np.zeros(32, "<i4"), np.zeros(32, "<u4"), np.zeros((9, 32), np.int8)
@@ -144,7 +147,7 @@ def test_layers_and_outputs_equal_the_golden_operators(network, image, device, r
 
 def test_counters(result):
     assert result.counters == {
-        "load_retired": 2, "store_retired": 1, "matrix_retired": 2, "vector_retired": 3,
+        "load_retired": 2, "store_retired": 1, "matrix_retired": 2, "vector_retired": 3, "row_retired": 0,
         "bytes_read": 9 * 64 + (27 + SIZE) * 32, "bytes_written": SIZE * SIZE * 32}
     assert result.cycles == 0
 
@@ -289,7 +292,7 @@ def test_address_tag_mask_and_count(result, program):
 
 def test_the_earliest_unit_is_reported(result, program):
     trace = Trace(writes={unit: replace(log, cycle=np.arange(len(log), dtype=np.uint64) + start)
-                          for (unit, log), start in zip(result.trace.writes.items(), (0, 500, 300), strict=True)})
+                          for (unit, log), start in zip(result.trace.writes.items(), (0, 500, 300, 0), strict=True)})
     trace.writes[Unit.MATRIX].data = flipped(trace.writes[Unit.MATRIX], "data", 0, 8)
     trace.writes[Unit.VECTOR].data = flipped(trace.writes[Unit.VECTOR], "data", 10, 8)
     found = first_difference(result.trace, trace, program)
@@ -309,3 +312,181 @@ def test_compare_layers(device):
         f"layer 'result', y 4 x 5 channel 6: data expected {found.expected}, got {found.expected + 3}")
     assert compare_layers(layers, {}).describe() == "layer 'features': layer expected present, got missing"
     assert compare_layers(layers, layers | {"features": wrong[:2]}).what == "shape"
+
+
+# Comparison of a run while it goes on
+
+
+def slices(trace: Trace, lengths: list[int]) -> list[Trace]:
+    """The trace in parts of so many writes of each unit; the last part takes the rest."""
+    parts, done = [], 0
+    for length in [*lengths, 1 << 30]:
+        parts.append(Trace(writes={
+            unit: WriteLog(**{name: getattr(log, name)[done : done + length]
+                              for name in ("cycle", "address", "tag", "data", "mask")})
+            for unit, log in trace.writes.items()}))
+        done += length
+    return parts
+
+
+def streamed(program: Program, steps, parts: list[Trace]) -> StreamingComparison:
+    comparison = StreamingComparison(program, steps)
+    for part in parts:
+        comparison.consume(part)
+    comparison.finish()
+    return comparison
+
+
+def fresh(device: FunctionalDevice, image: np.ndarray):
+    """Steps of a device in which nothing has run yet."""
+    other = FunctionalDevice(TEST)
+    other.load(device.program)
+    other.write_segment(Segment.INPUT, 0, device.program.inputs[0].pack(image))
+    return other.steps()
+
+
+@pytest.mark.parametrize("lengths", [[], [1], [1, 0, 7, 30], [3] * 40])
+def test_stream_of_equal_runs(device, image, result, program, lengths):
+    comparison = streamed(program, fresh(device, image), slices(result.trace, lengths))
+    assert comparison.difference is None and comparison.compared == 33 + 72 + 72
+
+
+def test_stream_runs_only_as_far_as_needed(device, image, result, program):
+    taken = []
+
+    def steps():
+        for step in fresh(device, image):
+            taken.append(step[0])
+            yield step
+
+    comparison = StreamingComparison(program, steps())
+    comparison.consume(Trace())
+    assert not taken
+    log = slices(result.trace, [1])[0].writes
+    comparison.consume(Trace(writes={Unit.LOAD: log[Unit.LOAD]}))
+    assert taken == [0] and comparison.compared == 1
+    comparison.consume(Trace(writes={Unit.MATRIX: log[Unit.MATRIX]}))
+    assert taken == [0, 1, 2, 3] and comparison.compared == 2
+    assert comparison.finish().what == "count" and taken[-1] == 8
+
+
+@pytest.mark.parametrize("lengths", [[], [2, 9], [5] * 15])
+@pytest.mark.parametrize("unit, name, place", [
+    (Unit.MATRIX, "data", (0, 10)), (Unit.MATRIX, "data", (71, 14)), (Unit.MATRIX, "mask", (40, 8)),
+    (Unit.VECTOR, "data", (62, LANES_OF[5])), (Unit.VECTOR, "data", (3, 1)), (Unit.LOAD, "data", (29, 7)),
+    (Unit.LOAD, "address", (30,)), (Unit.VECTOR, "tag", (50,))])
+def test_stream_finds_what_the_whole_comparison_finds(device, image, result, program, lengths, unit, name, place):
+    log = result.trace.writes[unit]
+    trace = changed(result.trace, unit, **{name: flipped(log, name, *place)})
+    want = first_difference(result.trace, trace, program)
+    comparison = streamed(program, fresh(device, image), slices(trace, lengths))
+    assert comparison.difference == want and want is not None
+    assert comparison.compared <= 33 + 72 + 72 - 1
+
+
+def test_stream_misses_writes(device, image, result, program):
+    log = result.trace.writes[Unit.MATRIX]
+    short = WriteLog(**{name: getattr(log, name)[:40] for name in ("cycle", "address", "tag", "data", "mask")})
+    want = first_difference(result.trace, Trace(writes=result.trace.writes | {Unit.MATRIX: short}), program)
+    parts = slices(Trace(writes=result.trace.writes | {Unit.MATRIX: short}), [30])
+    assert streamed(program, fresh(device, image), parts).difference == want
+    nothing = streamed(program, fresh(device, image), [])
+    assert (nothing.difference.what, nothing.compared) == ("count", 0)
+    # one write too many, known as soon as it comes
+    more = WriteLog(**{name: np.concatenate([getattr(log, name), getattr(log, name)[:1]])
+                       for name in ("cycle", "address", "tag", "data", "mask")})
+    comparison = StreamingComparison(program, fresh(device, image))
+    comparison.consume(Trace(writes={Unit.MATRIX: more}))
+    found = comparison.difference
+    assert (found.what, found.expected, found.got, found.write, found.cycle) == ("count", 72, 73, 72, 0)
+    assert comparison.finish() is found
+
+
+def test_stream_reports_the_earliest_unit(device, image, result, program):
+    trace = Trace(writes={unit: replace(log, cycle=np.arange(len(log), dtype=np.uint64) + start)
+                          for (unit, log), start in zip(result.trace.writes.items(), (0, 500, 300, 0), strict=True)})
+    trace.writes[Unit.MATRIX].data = flipped(trace.writes[Unit.MATRIX], "data", 0, 8)
+    trace.writes[Unit.VECTOR].data = flipped(trace.writes[Unit.VECTOR], "data", 10, 8)
+    comparison = StreamingComparison(program, fresh(device, image))
+    comparison.consume(trace)
+    assert (comparison.difference.unit, comparison.difference.cycle) == (Unit.VECTOR, 310)
+    found = comparison.difference
+    comparison.consume(changed(trace, Unit.LOAD, data=flipped(trace.writes[Unit.LOAD], "data", 0, 0)))
+    assert comparison.difference is found and comparison.finish() is found
+
+
+def test_stream_of_a_program_with_a_loop():
+    """Instructions, layers and channels are known in every round of a loop."""
+    looped = Looped.random(TEST)
+    program = looped.program()
+
+    def loaded(trace: bool = False) -> FunctionalDevice:
+        device = FunctionalDevice(TEST, trace)
+        device.load(program)
+        device.write_segment(Segment.INPUT, 0, np.arange(12).astype("<u4").tobytes()[:20])
+        return device
+
+    trace = loaded(True).start((0, 4)).trace
+    assert [len(trace.writes[unit]) for unit in (Unit.LOAD, Unit.MATRIX, Unit.ROW)] == [16, 16, 16]
+    assert streamed(program, loaded().steps((0, 4)), slices(trace, [1, 5])).compared == 48
+    code = {type(i).__name__ + str(getattr(i, "operation", "")): n for n, i in enumerate(program.decoded())}
+    # each round: 4 writes of MATRIX (two tiles, low and high bytes), of ROW two of ADD, codes and scale of QUANTIZE
+    for unit, write, lane, layer, index, instruction in (
+        (Unit.MATRIX, 6, 5, "result", (0, 0, 5), code["Matrix"]),
+        (Unit.MATRIX, 12, 1, "result", (0, 0, 1), code["Matrix"]),
+        (Unit.ROW, 4, 9, "sum", (0, 0, 9), code["Row0"]), (Unit.ROW, 14, 31, "codes", (0, 0, 31), code["Row4"]),
+        (Unit.ROW, 15, 0, "codes", None, code["Row4"]),
+    ):
+        other = changed(trace, unit, data=flipped(trace.writes[unit], "data", write, lane))
+        found = streamed(program, loaded().steps((0, 4)), slices(other, [3])).difference
+        assert (found.unit, found.write, found.lane, found.layer) == (unit, write, lane, layer)
+        assert (found.index, found.instruction) == (index, instruction)
+    assert streamed(program, loaded().steps((0, 5)), [trace]).difference.expected == 18  # LOAD: one round more
+
+
+def test_places_of_plain_results():
+    i = Matrix(kernel_y=1, kernel_x=1, height=1, width=3, ring=1, rows=1, columns=3, stride_x=1, pitch=3, blocks=1,
+               tiles=5, plain=1, double=1, group=6, target=500, target_high=20, target_plane=50, target_ring=1,
+               target_step_x=1, target_step_y=1, parameters=100, weights=200)
+    machine, seen = Machine(TEST, trace=True), []
+    machine.pool[:300] = np.random.default_rng(0).integers(0, 256, (300, 32))
+    machine.pool[100:105].view("<u4")[:] = 1
+    machine.on_result = lambda number, instruction, codes: seen.append(codes)
+    log = machine.step(0, i)
+    program = replace(Looped.random(TEST).program(), first_part=np.array([2]), first_row=np.array([0]), layers=(
+        Layer("x", "matrix", "x", "matrix", 0, 1, 60, (-1,) * 8 + tuple(range(60)), False),))
+    for language in (program.language, None):
+        for write in range(len(log)):
+            for lane in range(TEST.lanes):
+                index = _index(replace(program, language=language), 0, i, write, lane)
+                assert (index is not None) == log.mask[write, lane]
+                if index is not None:
+                    code = seen[0].reshape(1, 60)[0, index[2]] if language else seen[0][index]
+                    assert code >> 8 * (write % 2) & 255 == log.data[write, lane]
+
+
+@pytest.mark.parametrize("layout", list(RowLayout))
+def test_places_of_codes_in_every_layout(layout):
+    """A wrong byte of any layout is traced to the element whose code it is."""
+    columns, blocks, tiles = TEST.columns, 2, TEST.lanes // TEST.columns
+    i = Row(operation=RowOp.QUANTIZE, rows=2, columns=3, blocks=blocks, layout=layout, source_plane=1, source_row=4,
+            source_high=50, source_column=2, target=100, target_plane=8, target_row=300, target_column=80, scale=900,
+            scale_row=6, scale_column=2)
+    machine = Machine(TEST, trace=True)
+    machine.pool[:50] = np.arange(50)[:, None] * 5 + np.arange(32) * 7
+    seen = []
+    machine.on_result = lambda number, instruction, codes: seen.append(codes)
+    log = machine.step(0, i)
+    program = replace(Looped.random(TEST).program(), first_part=np.array([1]), first_row=np.array([0]), layers=(
+        Layer("x", "quantize", "x", "row", 0, 1, 224, (-1,) * 32 + tuple(range(192)), False),))
+    words = {RowLayout.PLAIN: 1, RowLayout.KEYS: columns, RowLayout.VALUES: tiles}[layout]
+    per_row = blocks * words + (2 if layout == RowLayout.VALUES else 1)
+    assert len(log) == 6 * per_row
+    codes = seen[0].reshape(2, 192)
+    for write in range(len(log)):
+        for lane in (0, 1, 13, 31):
+            index = _index(program, 0, i, write, lane)
+            if write % per_row >= blocks * words:
+                assert index is None
+            else:
+                assert codes[index[0], index[2]] == log.data[write, lane].view(np.int8)

@@ -10,14 +10,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from weft.arch import numerics
 from weft.arch.config import EngineConfig, load_config
 from weft.arch.errors import EngineFault
-from weft.arch.isa import End, Load, Matrix, Sampling, Store, Unit, Vector, VectorOp
+from weft.arch.isa import Barrier, End, Load, Matrix, Sampling, Store, Unit, Vector, VectorOp
 from weft.sim.machine import Machine
 
 TEST = load_config("test")
 # 65536 words: address sums may pass 2**16 and stay legal.
-CONFIGS = [replace(TEST, name=f"{r}x{c}", rows=r, columns=c, bank_words=8192) for r, c in ((4, 4), (2, 2), (2, 32))]
+CONFIGS = [replace(TEST, name=f"{r}x{c}", rows=r, columns=c, row_lanes=n, bank_words=8192)
+           for r, c, n in ((4, 4, 4), (2, 2, 4), (2, 32, 2))]
 SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 MOD = 1 << 16
 
@@ -90,56 +92,78 @@ class Literal:
                     start = self.segments[i.base] + i.offset + p * i.plane_bytes + r * i.row_bytes + w * size
                     word = self.pool[(i.address + p * i.plane_words + r * i.row_words + w) % MOD]
                     for lane in range(size):
-                        if i.mask >> lane & 1:
+                        if i.mask >> (lane - i.rotate) % size & 1:
                             self.memory[start + lane] = word[lane]
 
-    def weight(self, i: Matrix, word: int, lane: int, c: int) -> int:
-        """Weight of input lane `lane` and output column c in the `word`-th word of the stream."""
-        rows, columns = self.config.rows, self.config.columns
+    def weight(self, i: Matrix, tile: int, word: int, lane: int, c: int) -> int:
+        """Weight of input lane `lane` in the `word`-th word of a tile and output column c, times its factor."""
+        config = self.config
+        rows, columns, size = config.rows, config.columns, config.rows * config.columns // 2
         per_step = rows // 2 if i.wide else rows
-        step = word * (self.config.lanes // per_step) + lane // per_step
-
-        def nibble(slot: int) -> int:
-            n = (step * rows + slot) * columns + c
-            return self.stream(i.weights, n // 2) >> 4 * (n % 2) & 15
-
+        own, together = columns if i.wide else columns // 2, config.lanes // columns
+        words = i.kernel_y * i.kernel_x * i.blocks
+        first = i.weights + tile * (words * own + i.grouped * -(-words // together))
+        group, member = divmod(word, together)
+        factor = self.stream(first + group * (1 + together * own), member * columns + c) if i.grouped else 1
+        first += word * own + i.grouped * (group + 1)
+        step, within = divmod(lane, per_step)
         if i.wide:
-            slot = 2 * (lane % per_step)
-            return nibble(slot) + 16 * (nibble(slot + 1) - 16 * (nibble(slot + 1) >> 3))
-        value = nibble(lane % per_step)
-        return value - 16 * (value >> 3)
+            return factor * signed(self.stream(first, step * size + within * columns + c))
+        value = self.stream(first, step * size + within // 2 * columns + c) >> 4 * (within % 2) & 15
+        return factor * (value - 16 * (value >> 3))
 
     def matrix(self, i: Matrix) -> None:
         config = self.config
         weights: dict[tuple[int, int], list[int]] = {}
         for tile in range(i.tiles):
-            first = i.parameters + tile * config.tile_parameter_words
-            descriptors = first + config.tile_parameter_words - 1
+            first = i.parameters + tile * (config.plain_parameter_words if i.plain else config.tile_parameter_words)
             for oy in range(i.rows):
                 for ox in range(i.columns):
                     codes = []
                     for c in range(config.columns):
-                        acc, mult, shift = self.scale(first, config.columns, c)
+                        if i.plain:
+                            low, high, shift, _ = self.stream_bytes(first, 4 * c, 4)
+                            acc, mult = 0, low | high << 8
+                        else:
+                            acc, mult, shift = self.scale(first, config.columns, c)
+                        if i.scaled:
+                            low, high, own, _ = self.stream_bytes(i.scales + oy * i.scales_pitch + ox, 0, 4)
+                            mult, shift = map(int, numerics.combine_scales(
+                                *map(np.int64, (low | high << 8, own, mult, shift))))
                         for ky in range(i.kernel_y):
                             for kx in range(i.kernel_x):
                                 for block in range(i.blocks):
                                     y = i.window_y + oy * i.stride_y + ky * i.dilation_y
                                     x = ox * i.stride_x + kx * i.dilation_x - i.pad_x
-                                    word = ((tile * i.kernel_y + ky) * i.kernel_x + kx) * i.blocks + block
-                                    if (word, c) not in weights:
-                                        weights[word, c] = [self.weight(i, word, k, c) for k in range(config.lanes)]
+                                    word = (ky * i.kernel_x + kx) * i.blocks + block
+                                    key = tile * i.kernel_y * i.kernel_x * i.blocks + word, c
+                                    if key not in weights:
+                                        weights[key] = [self.weight(i, tile, word, k, c) for k in range(config.lanes)]
                                     acc += sum(a * w for a, w in
-                                               zip(self.source(i, block, y, x), weights[word, c], strict=True))
-                        codes.append(max(i.low, min(i.high, round(Fraction(acc * mult, 1 << shift)))))
+                                               zip(self.source(i, block, y, x), weights[key], strict=True))
+                        least, most = (-(1 << 15), (1 << 15) - 1) if i.double else (i.low, i.high)
+                        codes.append(max(least, min(most, round(Fraction(acc * mult, 1 << shift)))))
                     self.results.append(codes)
                     position = i.target + wrap(i.target_anchor + oy * i.target_step_y, i.target_ring) * i.target_pitch
                     position += ox * i.target_step_x
-                    for d in range(4):
-                        raw = self.stream_bytes(descriptors, 8 * d, 8)
-                        offset, group, mask = raw[0] | raw[1] << 8, raw[2], int.from_bytes(bytes(raw[4:]), "little")
-                        if mask:
-                            self.write(position + offset, {group * config.columns + c: codes[c]
-                                                           for c in range(config.columns) if mask >> c & 1})
+                    if i.plain:
+                        self.write_plain(i, position, tile, codes)
+                    else:
+                        self.write_described(position, first + config.tile_parameter_words - 1, codes)
+
+    def write_plain(self, i: Matrix, position: int, tile: int, codes: list[int]) -> None:
+        word, group = divmod(i.group + tile, self.config.lanes // self.config.columns)
+        for part in range(1 + i.double):
+            self.write(position + word * i.target_plane + part * i.target_high,
+                       {group * self.config.columns + c: code >> 8 * part for c, code in enumerate(codes)})
+
+    def write_described(self, position: int, descriptors: int, codes: list[int]) -> None:
+        for d in range(4):
+            raw = self.stream_bytes(descriptors, 8 * d, 8)
+            offset, group, mask = raw[0] | raw[1] << 8, raw[2], int.from_bytes(bytes(raw[4:]), "little")
+            if mask:
+                self.write(position + offset, {group * self.config.columns + c: code
+                                               for c, code in enumerate(codes) if mask >> c & 1})
 
     def sample(self, i: Vector, block: int, oy: int, ox: int, ky: int, kx: int) -> list[int]:
         step, tap = i.tap_step * kx, ky * i.kernel_x + kx
@@ -312,6 +336,76 @@ def test_matrix_equals_the_loop_nest(window, config, tiles, wide, seed):
     check(config, pool, Matrix(**window, weights=30000, tiles=tiles, wide=wide))
 
 
+@SETTINGS
+@given(windows(), st.sampled_from(CONFIGS), st.integers(1, 5), *[st.integers(0, 1)] * 4, st.integers(0, 2**32 - 1))
+def test_matrix_modes_equal_the_loop_nest(window, config, tiles, plain, wide, grouped, scaled, seed):
+    """Factors of words, scales of pixels, results to successive lanes, also of 16 bits."""
+    rng = np.random.default_rng(seed)
+    tiles = tiles if config.columns == 2 else min(tiles, 2)
+    if config.columns == 32:
+        window |= {"rows": 1, "columns": 2, "target_ring": 2, "target_anchor": 0}
+    pool, double, shift = random_pool(config, rng), int(plain and rng.integers(2)), 26 + 6 * grouped + 4 * wide
+    parts, words = [], config.four_byte_words(config.columns)
+    for _ in range(tiles):
+        raw = scale_bytes(config, rng, config.columns, shift - 8 * double)
+        descriptors = b"".join(bytes([rng.integers(256), 0, group, 0, 1, 0, 0, 0])
+                               for group in rng.integers(0, config.lanes // config.columns, 3))
+        parts.append(raw[words * 32 :] if plain else raw + descriptors.ljust(32, b"\0"))
+    put(pool, window["parameters"], b"".join(parts))
+    scales = rng.integers(1 << 14, 1 << 16, 64, np.uint32) | rng.integers(13, 18, 64, np.uint32) << 16
+    for number, scale in enumerate(scales):
+        put(pool, 10000 + number, scale.astype("<u4").tobytes() + bytes(rng.integers(0, 256, 28, np.uint8)))
+    check(config, pool, Matrix(
+        **window, weights=30000, tiles=tiles, wide=wide, plain=plain, grouped=grouped, scaled=scaled, double=double,
+        scales=10000, scales_pitch=int(rng.integers(12)), target_plane=int(rng.choice([300, MOD - 400])),
+        target_high=1000, group=int(rng.integers(config.lanes // config.columns))))
+
+
+@pytest.mark.parametrize("plain", [0, 1])
+def test_held_sums_go_on_where_they_stopped(plain):
+    """A sum cut into three equals the uncut one, also where a partial sum leaves 32 bits."""
+    config, rng = CONFIGS[0], np.random.default_rng(plain)
+    pool = random_pool(config, rng)
+    shared = {"kernel_y": 1, "kernel_x": 1, "rows": 2, "columns": 2, "stride_x": 1, "stride_y": 1, "width": 2,
+              "height": 2, "pitch": 2, "ring": 2, "plane": 4, "target": 5000, "target_pitch": 2, "target_ring": 2,
+              "target_step_y": 1, "target_step_x": 1, "tiles": 1, "parameters": 300, "low": -128, "high": 127,
+              "plain": plain, "double": plain, "target_high": 10, "grouped": 1, "scaled": 1, "scales": 400,
+              "scales_pitch": 2}
+    raw = scale_bytes(config, rng, config.columns, 27)
+    put(pool, 300, raw[32:] if plain else raw + bytes([7, 0, 1, 0, 15, 0, 0, 0]))
+    put(pool, 400, b"".join((40000 | 16 << 16).to_bytes(4, "little").ljust(32) for _ in range(4)))
+    whole = Matrix(**shared, blocks=24, weights=1000, source=0)
+    check(config, pool, whole)
+    expected, machine, seen = Machine(config, trace=True), Machine(config, trace=True), []
+    expected.pool[:] = machine.pool[:] = pool
+    log = expected.step(0, whole)
+    machine.on_result = lambda *result: seen.append(result)
+    own = 8 * (config.columns // 2) + 1  # words of weights of eight blocks
+    for part in range(3):
+        got = machine.step(part, Matrix(**shared, blocks=8, weights=1000 + own * part, source=32 * part,
+                                        hold=int(part < 2), resume=int(part > 0)))
+        assert len(got) == (0 if part < 2 else len(log)) and len(seen) == (part == 2)
+    assert np.array_equal(machine.pool, expected.pool) and np.array_equal(got.data, log.data)
+
+
+def test_held_sums_may_leave_32_bits_and_come_back():
+    config = replace(TEST, bank_words=8192)
+    machine = Machine(config)
+    machine.pool[:1023] = 255
+    machine.pool[4000 : 4000 + 128 * 17] = 0x77
+    machine.pool[4000 : 4000 + 128 * 17 : 17] = 30  # factors
+    i = plain(Matrix, source=0, blocks=1023, plane=1, unsigned=1, plain=1, grouped=1, parameters=3000, weights=4000)
+    machine.pool[3000].view("<u4")[:4] = 1 | 25 << 16
+    for _ in range(2):
+        machine.step(0, replace(i, hold=1, resume=int(machine.held is not None)))
+    half = 7 * 30 * 255 * 32 * 1023
+    assert machine.held.max() == 2 * half > 1 << 31
+    machine.pool[4000 : 4000 + 128 * 17] = 0x99  # weights of -7
+    machine.pool[4000 : 4000 + 128 * 17 : 17] = 30
+    machine.step(1, replace(i, resume=1))
+    assert machine.held is None and (machine.pool[200].view(np.int8)[:4] == round(Fraction(half, 1 << 25))).all()
+
+
 SAMPLINGS = [(op, s) for op in VectorOp for s in Sampling
              if s == Sampling.GRID or op in (VectorOp.MULTIPLY, VectorOp.COLUMNS)]
 
@@ -361,8 +455,8 @@ def test_load_and_store_equal_the_loop_nest(shape, address):
     pool, memory = random_pool(config, rng), rng.integers(0, 256, 8192 + 5, np.uint8)
     fields = {"address": address, "base": 1, "offset": 96, "tag": 5} | shape
     check(config, pool, Load(**fields), memory, [0, 1024])
-    for mask in ((1 << 32) - 1, 0, 0x80F0_1234):
-        check(config, pool, Store(**fields, mask=mask), memory, [0, 1024])
+    for mask, rotate in (((1 << 32) - 1, 0), (0, 3), (0x80F0_1234, 0), (0x80F0_1234, 1), (0xF, 31)):
+        check(config, pool, Store(**fields, mask=mask, rotate=rotate), memory, [0, 1024])
 
 
 def plain(cls=Vector, **fields):
@@ -402,10 +496,10 @@ def test_upsampling_steps_and_descriptors_write_four_copies():
     parameters[2] = np.frombuffer(b"".join(
         offset.to_bytes(2, "little") + b"\2\0\x0f\0\0\0" for offset in (0, 1, 8, 9)), np.uint8)
     machine.pool[100:103] = parameters
-    # Identity weights for four columns: nibble r*C + c of the first step.
+    # Identity weights for four columns: lanes 2j and 2j + 1 of column c in byte j*C + c.
     machine.pool[500:508] = 0
     for c in range(4):
-        machine.pool[500, (5 * c) // 2] |= 1 << 4 * (5 * c % 2)
+        machine.pool[500, c // 2 * 4 + c] = 1 << 4 * (c % 2)
     machine.step(0, plain(Matrix, columns=2, width=2, stride_x=1, pitch=2, target_pitch=8, target_ring=2,
                           target_step_y=2, target_step_x=2))
     for y in range(2):
@@ -422,6 +516,7 @@ ILLEGAL = [
     (Load(run=0, rows=1, planes=1), "run"), (Load(run=1, rows=0, planes=1), "rows"),
     (Store(run=1, rows=1, planes=0), "planes"),
     (Store(run=1, rows=1, planes=1, mask=1 << 32), "beyond 31"),
+    (Store(run=1, rows=1, planes=1, mask=1, rotate=32), "rotate 32"),
     (Load(run=1, rows=1, planes=1, base=2), "segment register 2"),
     (Load(run=1, rows=1, planes=1, base=1), "segment address 8"),
     (Load(run=1, rows=1, planes=1, offset=5), "offset 5"),
@@ -455,7 +550,17 @@ ILLEGAL = [
     (plain(operation=VectorOp.MULTIPLY, parameters=8188), "outside the pool"),
     (plain(Matrix, tiles=1000, kernel_y=15, kernel_x=15), "more than the pool holds"),
     (plain(columns=2, width=2, stride_x=1, target=11), "after it has written"),
-    (End(wait=1), "no unit"),
+    (plain(Matrix, double=1), "double asks for plain"),
+    (plain(Matrix, plain=1, group=8), "group 8 is not one of the 8"),
+    (plain(Matrix, plain=1, hold=1, group=9), "group 9 is not one of the 8"),
+    (plain(Matrix, resume=1), "the unit holds 0"),
+    (plain(Matrix, hold=1, tiles=2), "not 2 and 1"),
+    (plain(Matrix, hold=1, columns=5), "not 1 and 5"),
+    (plain(Matrix, resume=1, rows=5, target_ring=5), "not 1 and 5"),
+    (plain(Matrix, plain=1, scaled=1, scales=8192), "word 8192"),
+    (plain(Matrix, plain=1, target_plane=1 << 13, tiles=9), "word 8392"),
+    (plain(Matrix, plain=1, double=1, target_high=1 << 13), "word 8392"),
+    (End(wait=1), "no unit"), (Barrier(signal=1), "BARRIER has no unit"),
 ]
 
 
@@ -482,6 +587,34 @@ def test_faults_in_parameters():
             machine.step(0, i)
 
 
+def test_faults_in_scales_of_pixels_and_columns():
+    for pixel, column, scaled in ((63, 0, 1), (0, 63, 1), (0, 48, 0)):
+        machine = Machine(TEST)
+        machine.pool[300, 2], machine.pool[100, 2] = pixel, column
+        with pytest.raises(EngineFault, match="the shift of a scale is above"):
+            machine.step(0, plain(Matrix, plain=1, scaled=scaled, scales=300))
+    machine.pool[100, 2] = 47
+    machine.step(1, plain(Matrix, plain=1, scales=300))
+
+
+def test_held_sums_are_taken_by_the_next_instruction():
+    machine = Machine(TEST)
+    machine.step(0, plain(Matrix, plain=1, hold=1))
+    with pytest.raises(EngineFault, match="only an instruction with resume may take"):
+        machine.step(1, plain(Matrix, plain=1))
+    with pytest.raises(EngineFault, match="resume of 2 pixels, the unit holds 1"):
+        machine.step(1, plain(Matrix, plain=1, resume=1, columns=2, width=2, stride_x=1))
+
+
+def test_write_into_own_scales_is_a_fault():
+    machine = Machine(TEST)
+    machine.step(0, plain(Matrix, plain=1, scaled=1, scales=200))  # read before
+    with pytest.raises(EngineFault, match="after it has written"):
+        machine.step(0, plain(Matrix, plain=1, scaled=1, scales=200, tiles=2))
+    with pytest.raises(EngineFault, match="after it has written"):
+        machine.step(0, plain(Matrix, plain=1, target=100))
+
+
 def test_write_into_own_parameters_is_a_fault():
     machine, i = matrix_with(b"\0\0\0\0\1\0\0\0", target=102)
     with pytest.raises(EngineFault, match="after it has written"):
@@ -491,7 +624,7 @@ def test_write_into_own_parameters_is_a_fault():
 def test_accumulator_overflow_is_a_fault_and_its_edge_is_not():
     most = (1 << 31) - 1
     machine, i = matrix_with(bias=most - 7)
-    machine.pool[500] = 1  # low nibbles: columns 0 and 2 of the first step
+    machine.pool[500] = 1  # low nibbles: even lanes
     machine.pool[10] = 0
     machine.pool[10, 0] = 7
     machine.step(0, i)
