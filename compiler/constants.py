@@ -8,7 +8,6 @@ import numpy as np
 
 from weft.arch.config import EngineConfig
 from weft.arch.isa import DESCRIPTOR_FIELDS, SCALE_FIELDS, VectorOp
-from weft.arch.numerics import split_w8
 from weft.compiler.graph import Requantize
 from weft.compiler.lower import MatrixTask, Task, VectorTask
 from weft.compiler.placement import Write
@@ -83,12 +82,10 @@ def _matrix_parameters(
 def _matrix_weights(task: MatrixTask, config: EngineConfig) -> bytes:
     tiles, (_, ky, kx, lanes) = task.parts, task.weight.shape
     weight = task.weight.reshape(tiles, config.columns, ky, kx, lanes)
-    weight = weight.transpose(0, 2, 3, 4, 1)  # tile, ky, kx, lane, column
-    if task.wide:
-        low, high = split_w8(weight)
-        weight = np.stack([low, high & 15], axis=4)  # the two slots of a lane stand together
-    nibbles = (weight & 15).astype(np.uint8).reshape(-1, 2)
-    return (nibbles[:, 0] | nibbles[:, 1] << 4).tobytes()
+    weight = weight.transpose(0, 2, 3, 4, 1).astype(np.uint8)  # tile, ky, kx, lane, column
+    if not task.wide:  # a byte holds two neighbouring lanes of a column
+        weight = weight[:, :, :, ::2] & 15 | weight[:, :, :, 1::2] << 4
+    return weight.tobytes()
 
 
 def _vector_constants(task: VectorTask, config: EngineConfig) -> bytes:

@@ -1,81 +1,21 @@
-"""Emission: strips become instructions, ordered between the units by tokens.
-
-Every instruction's footprint is compared with who touched the same words last; where another unit did, the
-instruction waits for a token that the other one gives. A wait is left out when an earlier one implies it.
-"""
+"""Emission: strips become instructions, which the assembler orders between the units."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
-import numpy as np
-
 from weft.arch.config import EngineConfig
-from weft.arch.isa import End, Instruction, Load, Matrix, Sampling, Store, Unit, Vector, VectorOp
+from weft.arch.isa import End, Instruction, Load, Matrix, Sampling, Store, Vector, VectorOp
 from weft.arch.program import Segment as MemorySegment
+from weft.compiler.assembler import Assembler
 from weft.compiler.constants import block_words, pack_constants, words_per_tile
-from weft.compiler.footprint import Footprint, footprint
+from weft.compiler.footprint import footprint
 from weft.compiler.lower import Buffer, Lowered, MatrixTask, Task, VectorTask
 from weft.compiler.memory_plan import LoadTask, MemoryPlan, Segment, Storage, StoreTask, WeightStorage
 from weft.compiler.placement import Write
 from weft.compiler.schedule import strips
 
 PARTS = 4  # cuts of a layer too small to be cut into rows, so that the units still overlap
-
-
-class Hazards:
-    """Who last touched each scratchpad or memory word, and what each unit already knows to be finished."""
-
-    def __init__(self, config: EngineConfig, memory_words: dict[int, int]) -> None:
-        spaces = {-1: config.pool_words, **memory_words}
-        self.writer_unit = {s: np.full(n, -1, np.int8) for s, n in spaces.items()}
-        self.writer = {s: np.full(n, -1, np.int32) for s, n in spaces.items()}
-        self.reader = {s: np.full((len(Unit), n), -1, np.int32) for s, n in spaces.items()}
-        self.issued = [0] * len(Unit)
-        self.known: list[list[int]] = [[-1] * len(Unit) for _ in Unit]  # known[u][v]: last finished of v, as u knows
-        self.at_start: list[list[list[int]]] = [[] for _ in Unit]
-
-    def order(self, unit: Unit, touched: Footprint) -> dict[Unit, int]:
-        """Registers the next instruction of `unit`; the instructions of other units it must wait for, by index."""
-        index = self.issued[unit]
-        self.issued[unit] += 1
-        reads, writes = [(-1, touched.reads)], [(-1, touched.writes)]
-        reads += [touched.memory_reads] if touched.memory_reads else []
-        writes += [touched.memory_writes] if touched.memory_writes else []
-        needed = [-1] * len(Unit)
-        for space, words in reads:
-            if space in self.writer:
-                self._after_writers(space, words, needed)
-        for space, words in writes:
-            if space in self.writer and len(words):
-                self._after_writers(space, words, needed, but=unit)
-                for other in Unit:
-                    if other != unit:  # a unit reads before it writes what comes later
-                        needed[other] = max(needed[other], int(self.reader[space][other, words].max()))
-        waits = {}
-        known = self.known[unit]
-        for other in sorted(Unit, key=lambda u: -needed[u]):
-            if needed[other] > known[other]:
-                waits[other] = needed[other]
-                known[other] = needed[other]
-                for third, finished in enumerate(self.at_start[other][needed[other]]):
-                    if third != unit:
-                        known[third] = max(known[third], finished)
-        self.at_start[unit].append(list(known))
-        for space, words in reads:
-            if space in self.writer:
-                self.reader[space][unit, words] = index
-        for space, words in writes:
-            if space in self.writer:
-                self.writer[space][words], self.writer_unit[space][words] = index, unit
-        return waits
-
-    def _after_writers(self, space: int, words: np.ndarray, needed: list[int], but: Unit | None = None) -> None:
-        owners, indices = self.writer_unit[space][words], self.writer[space][words]
-        for other in Unit:
-            if other != but and (mine := indices[owners == other]).size:
-                needed[other] = max(needed[other], int(mine.max()))
 
 
 class Emitter:
@@ -87,11 +27,7 @@ class Emitter:
             int(MemorySegment.ARENA): plan.arena_bytes // config.lanes,
             int(MemorySegment.OUTPUT): plan.output_bytes // config.lanes,
         }
-        self.hazards = Hazards(config, memory)
-        self.instructions: list[Instruction] = []
-        self.rows: list[int] = []
-        self.parts: list[int] = []
-        self.positions: list[list[int]] = [[] for _ in Unit]  # unit -> index in program of its i-th instruction
+        self.assembler = Assembler(config, memory)
         self.constants = bytearray()
         self.loaded: dict[Task, WeightStorage] = {}
 
@@ -106,18 +42,8 @@ class Emitter:
         self._append(End())
 
     def _append(self, instruction: Instruction, row: int = 0, part: int = 0, offsets: tuple[int, ...] = ()) -> None:
-        unit = instruction.unit
-        if unit is not None:
-            waits = self.hazards.order(unit, footprint(instruction, self.config, offsets))
-            instruction = replace(instruction, wait=sum(1 << other for other in waits))
-            for other, index in waits.items():
-                at = self.positions[other][index]
-                giver = self.instructions[at]
-                self.instructions[at] = replace(giver, signal=giver.signal | 1 << unit)
-            self.positions[unit].append(len(self.instructions))
-        self.instructions.append(instruction)
-        self.rows.append(row)
-        self.parts.append(part)
+        touched = footprint(instruction, self.config, offsets) if instruction.unit is not None else None
+        self.assembler.append(instruction, touched, row, part)
 
     # -- constants
 

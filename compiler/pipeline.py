@@ -32,7 +32,8 @@ def compile_graph(graph: Graph, config: EngineConfig) -> Program:
 
 
 def _program(graph: Graph, config: EngineConfig, lowered: Lowered, plan: MemoryPlan, emitter: Emitter) -> Program:
-    encoded = b"".join(instruction.encode() for instruction in emitter.instructions)
+    assembler = emitter.assembler
+    encoded = b"".join(instruction.encode() for instruction in assembler.instructions)
     outputs = []
     for name, (buffer, lanes_of) in lowered.outputs.items():
         tensor = graph.tensors[name]
@@ -55,10 +56,10 @@ def _program(graph: Graph, config: EngineConfig, lowered: Lowered, plan: MemoryP
         config=config,
         fingerprint=config.fingerprint,
         model=graph.name,
-        instructions=np.frombuffer(encoded, np.uint8).reshape(len(emitter.instructions), -1),
+        instructions=np.frombuffer(encoded, np.uint8).reshape(len(assembler.instructions), -1),
         constants=np.frombuffer(bytes(emitter.constants), np.uint8),
-        first_row=np.array(emitter.rows, np.int32),
-        first_part=np.array(emitter.parts, np.int32),
+        first_row=np.array(assembler.rows, np.int32),
+        first_part=np.array(assembler.parts, np.int32),
         segment_bytes=(len(emitter.constants), plan.arena_bytes, inputs[0].size, plan.output_bytes),
         inputs=inputs,
         outputs=tuple(outputs),
