@@ -22,7 +22,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[models,test]'
 	@touch $@
 
-demo: setup ## digit detector: quantize, compile, run on the engine's RTL, compare, report
+demo: setup ## digit detector and language model: quantize, compile, run on the engine's RTL, compare, report
 	$(BIN)/weft demo
 
 test: setup ## all tests, JOBS=2 at a time

@@ -1,4 +1,5 @@
-"""The result record: what one network did on one Device. Versioned JSON; everything a report shows is in it."""
+"""Result records: what one network, or one language model, did on one Device. Versioned JSON; everything that a report
+shows is in it."""
 
 from __future__ import annotations
 
@@ -7,16 +8,24 @@ import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from weft.arch.errors import ModelError
 
 VERSION = 1
+UNIT_ORDER = ("matrix", "vector", "row", "load", "store")  # a cycle belongs to the layer of the first that works
+LADDER = {  # steps of a language model's perplexity: what each adds to those before it
+    "float": "float", "weights": "int4 weights", "activations": "int8 activations",
+    "cache": "int8 keys and values", "integer": "integer functions",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer. Cycles of all layers add up to those of the run."""
+    """One layer. Cycles of all layers add up to those of the run.
+
+    In a language model MACs and bytes are those of the run, height is 0 and width 1.
+    """
 
     number: int
     name: str
@@ -69,9 +78,34 @@ class Picture:
     engine: list[Box] = field(default_factory=list)
 
 
+class Record:
+    """What both kinds of records share: JSON, whose key `kind` tells them apart."""
+
+    KIND: ClassVar[str]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "result") -> Self:
+        """Inverse of `to_json`. Raises ModelError that says what is wrong with the text."""
+        return cls._from_values(_parsed(text, source), source)
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any], source: str) -> Self:
+        if values.get("kind", Result.KIND) != cls.KIND:
+            raise ModelError(f"{source}: a record of kind {values['kind']!r:.40}, wanted {cls.KIND!r}")
+        try:
+            return _build(cls, values)
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{source}: malformed result record ({error})") from error
+
+
 @dataclass(frozen=True)
-class Result:
+class Result(Record):
     """One network on one Device, compared with the integer definition."""
+
+    KIND: ClassVar[str] = "detector"
 
     title: str
     model: str
@@ -96,32 +130,78 @@ class Result:
     accuracy_images: int = 0
     pictures: list[Picture] = field(default_factory=list)
     version: int = VERSION
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str, source: str = "result") -> Result:
-        """Inverse of `to_json`. Raises ModelError that says what is wrong with the text."""
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise ModelError(f"{source}: not a JSON file ({error})") from error
-        if not isinstance(values, dict) or values.get("version") != VERSION:
-            raise ModelError(f"{source}: not a result record of version {VERSION}; make one with: "
-                             "weft bench codenet --json FILE")
-        try:
-            return _build(cls, values)
-        except (TypeError, ValueError) as error:
-            raise ModelError(f"{source}: malformed result record ({error})") from error
+    kind: str = KIND
 
 
-def load(path: str | Path) -> Result:
-    """Reads a result record. Raises ModelError."""
+@dataclass(frozen=True)
+class Phase:
+    """One run of a language model: the prompt (prefill), or one token behind it (decode). All cycles are simulated."""
+
+    tokens: int  # of the run
+    position: int  # in the sequence, of the first of them
+    cycles: int
+    bytes_read: int  # instructions included
+    bytes_written: int
+    bytes_per_token: float  # read and written
+    bandwidth_utilization: float  # bytes moved / bytes that the port could move in these cycles
+    port_bytes_per_cycle: float  # that the memory port can move
+    macs: int  # useful ones
+    array_efficiency: float  # useful slots of the matrix unit, an 8-bit MAC counting two / (matrix MACs x cycles)
+    tokens_per_s: float  # at the record's clock
+    counters: dict[str, int] = field(default_factory=dict)
+    layers: list[LayerRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LanguageResult(Record):
+    """One language model on one Device, compared with the integer definition."""
+
+    KIND: ClassVar[str] = "language"
+
+    title: str
+    model: str
+    engine: dict[str, Any]  # the fields of its EngineConfig
+    device: str
+    memory: str
+    prompt: str
+    text: str  # generated behind the prompt
+    prompt_tokens: int
+    tokens: int  # generated
+    layers_compared: int
+    mismatches: int
+    clock_hz: float  # assumed, for rates
+    first_difference: str = ""
+    prefill: Phase | None = None
+    decode: Phase | None = None
+    perplexity: dict[str, float] = field(default_factory=dict)  # by step, in the order of LADDER
+    agreement: dict[str, float] = field(default_factory=dict)  # of integer with float logits: cosine, top1
+    held_out_bytes: int = 0  # of text, for perplexity and agreement
+    simulated_cycles_per_s: float = 0.0
+    wall_s: float = 0.0
+    version: int = VERSION
+    kind: str = KIND
+
+
+def load(path: str | Path) -> Result | LanguageResult:
+    """Reads a result record of either kind. Raises ModelError."""
     try:
-        return Result.from_json(Path(path).read_text(), str(path))
+        text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    values = _parsed(text, str(path))
+    kind = LanguageResult if values.get("kind") == LanguageResult.KIND else Result
+    return kind._from_values(values, str(path))
+
+
+def _parsed(text: str, source: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{source}: not a JSON file ({error})") from error
+    if not isinstance(values, dict) or values.get("version") != VERSION:
+        raise ModelError(f"{source}: not a result record of version {VERSION}; make one with: "
+                         "weft bench codenet --json FILE")
+    return values
 
 
 def _build(kind: Any, value: Any) -> Any:
@@ -129,6 +209,8 @@ def _build(kind: Any, value: Any) -> Any:
     if kind is Any:
         return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:  # of a type and None
+        return None if value is None else _build(arguments[0], value)
     if is_dataclass(kind):
         if not isinstance(value, dict):
             raise TypeError(f"a {kind.__name__} must be an object, got {value!r:.40}")
@@ -141,6 +223,6 @@ def _build(kind: Any, value: Any) -> Any:
     if origin is dict and isinstance(value, dict):
         return {key: _build(arguments[1], item) for key, item in value.items()}
     accepted = (int, float) if kind is float else kind
-    if isinstance(accepted, (type, tuple, types.UnionType)) and isinstance(value, accepted):
+    if isinstance(accepted, (type, tuple)) and isinstance(value, accepted):
         return value
     raise TypeError(f"expected {getattr(kind, '__name__', kind)}, got {value!r:.40}")

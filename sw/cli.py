@@ -48,6 +48,8 @@ Json = Annotated[str | None, typer.Option("--json", metavar="PATH", help="Write 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="File or folder to write.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No tables, no progress.")]
+Context = Annotated[int | None, typer.Option("--context", help="Language models: positions a sequence may have; "
+                                                               "default: the model's, at most 2048.")]
 ModelFile = Annotated[Path, typer.Argument(metavar="FILE", help="QONNX file.")]
 
 
@@ -75,9 +77,10 @@ def doctor(json: Json = None, quiet: Quiet = False) -> None:
 
 @app.command(epilog=EXIT_CODES)
 def models(json: Json = None, quiet: Quiet = False) -> None:
-    """The model zoo: parameters, multiply-accumulates, input, accuracy where known."""
+    """The detectors: parameters, multiply-accumulates, input, accuracy where known; and the language models."""
     from weft.models import zoo
     from weft.models.codenet import CoDeNet
+    from weft.sw.language_models import language_rows
 
     terminal, rows = Terminal(json, quiet), []
     for name, entry in zoo.ENTRIES.items():
@@ -92,16 +95,23 @@ def models(json: Json = None, quiet: Quiet = False) -> None:
         (row["name"], f"{row['input']}x{row['input']}", row["layers"], f"{row['parameters'] / 1e6:.2f} M",
          f"{row['macs'] / 1e9:.3f}", row["deform"],
          " / ".join(f"{100 * values['ap50']:.1f}" for values in row["accuracy"].values()) or "-") for row in rows])
-    terminal.result(rows)
+    languages = language_rows()
+    terminal.table("", ["name", ">width", ">layers", ">attention", ">heads", ">vocabulary", ">parameters"], [
+        (row["name"], row["width"], row["layers"], row["attention"], f"{row['heads']}/{row['kv_heads']}", row["vocab"],
+         f"{row['parameters'] / 1e6:.2f} M") for row in languages])
+    terminal.result({"detectors": rows, "languages": languages})
 
 
 @app.command(epilog=EXIT_CODES)
 def train(model: Model = "codenet-nano", out: Out = None, epochs: Annotated[int | None, typer.Option(
-        "--epochs", help="Float epochs; quantized fine-tuning takes a quarter as many.")] = None,
+        "--epochs", help="Float epochs; quantized fine-tuning takes a quarter as many (lfm2-nano: steps).")] = None,
           json: Json = None, seed: Seed = 0, quiet: Quiet = False) -> None:
-    """Train a digit detector, float then quantized, and write its checkpoint."""
+    """Train a digit detector (float, then quantized) or lfm2-nano (float), and write the checkpoint."""
     from weft.models.train import train as run
+    from weft.sw.language_models import NANO
 
+    if model == NANO:
+        return _train_language(Terminal(json, quiet), out or Path(f"build/{model}"), epochs, seed, quiet)
     terminal, path = Terminal(json, quiet), out or Path(f"build/{model}.safetensors")
     accuracy = run(model, path, epochs, seed, progress=not quiet)
     for name, values in accuracy.items():
@@ -111,8 +121,21 @@ def train(model: Model = "codenet-nano", out: Out = None, epochs: Annotated[int 
 
 
 @app.command(epilog=EXIT_CODES)
-def quantize(model: Model = "codenet-nano", out: Out = None, json: Json = None, quiet: Quiet = False) -> None:
-    """Export a quantized model as QONNX, the file that `weft compile` reads."""
+def quantize(model: Model = "codenet-nano", out: Out = None, gptq: Annotated[bool, typer.Option(
+        "--gptq", help="Language models: correct rounding errors, column by column.")] = False,
+             calibration: Annotated[str | None, typer.Option(
+                 "--calibration", help="Language models: a text to find scales with.")] = None,
+             json: Json = None, quiet: Quiet = False) -> None:
+    """Quantize a model into the file that `weft compile` reads: QONNX of a detector, .lm of a language model.
+
+    A language model is lfm2-nano, or a Hugging Face folder with config.json, safetensors and tokenizer.json.
+    """
+    from weft.sw.language_models import is_language
+
+    if is_language(model):
+        return _quantize_language(Terminal(json, quiet), model, out, gptq, calibration)
+    if gptq or calibration:
+        raise ModelError("--gptq and --calibration are for language models; detectors are trained quantized")
     from weft.models.export import export_qonnx
     from weft.sw.models import load_model
 
@@ -120,6 +143,31 @@ def quantize(model: Model = "codenet-nano", out: Out = None, json: Json = None, 
     proto = export_qonnx(load_model(model), path)
     terminal.say(f"{path}: {len(proto.graph.node)} nodes, {path.stat().st_size} bytes")
     terminal.result({"path": str(path), "nodes": len(proto.graph.node)})
+
+
+def _train_language(terminal: Terminal, folder: Path, steps: int | None, seed: int, quiet: bool) -> None:
+    from weft.models.train_language import train_language
+    from weft.sw.language_models import NANO
+
+    result = train_language(NANO, folder, steps, seed, progress=not quiet)
+    terminal.say(f"{folder}: perplexity {result['float']['perplexity']:.3f} per byte of held-out text")
+    terminal.result({"checkpoint": str(folder), "accuracy": result})
+
+
+def _quantize_language(terminal: Terminal, name: str, out: Path | None, gptq: bool, calibration: str | None) -> None:
+    from weft.arch.program import write_atomically
+    from weft.sw.language_models import SUFFIX, load_language
+
+    path = out or Path(f"build/{Path(name).name}").with_suffix(SUFFIX)
+    if path.suffix != SUFFIX:
+        raise ModelError(f"{path}: a quantized language model ends in {SUFFIX}")
+    terminal.say(f"quantize  {name}")
+    loaded = load_language(name, gptq, calibration)
+    loaded.model.save(path)
+    if loaded.tokenizer is not None:
+        write_atomically(path.with_suffix(".tokenizer.json"), loaded.tokenizer.to_str(pretty=True) + "\n")
+    terminal.say(f"{path}: {path.stat().st_size} bytes")
+    terminal.result({"path": str(path), "bytes": path.stat().st_size, "blocks": len(loaded.model.blocks)})
 
 
 def _print_verdicts(terminal: Terminal, judged: list) -> None:
@@ -141,12 +189,18 @@ def check(file: ModelFile, json: Json = None, quiet: Quiet = False) -> None:
 
 
 @app.command("compile", epilog=EXIT_CODES)
-def compile_(file: ModelFile, engine: Engine = "base", out: Out = None, json: Json = None,
+def compile_(file: Annotated[Path, typer.Argument(metavar="FILE", help="QONNX file, or .lm of `weft quantize`.")],
+             engine: Engine = "base", out: Out = None, context: Context = None, json: Json = None,
              quiet: Quiet = False) -> None:
-    """Compile a QONNX file into one Program for an engine, with the verdict on every node."""
+    """Compile a model into one Program for an engine; of a QONNX file, with the verdict on every node."""
     from weft.sw.compile import compile_file, judge, tally
+    from weft.sw.language_models import SUFFIX
 
     terminal, config, path = Terminal(json, quiet), load_config(engine), out or file.with_suffix(".weft")
+    if file.suffix == SUFFIX:
+        return _compile_language(terminal, file, config, path, context)
+    if context is not None:
+        raise ModelError("--context is for language models; a detector has none")
     judged = judge(file)
     _print_verdicts(terminal, judged)
     _, program = compile_file(file, config)
@@ -157,6 +211,45 @@ def compile_(file: ModelFile, engine: Engine = "base", out: Out = None, json: Js
     terminal.result({"path": str(path), "engine": config.name, "fingerprint": config.fingerprint,
                      "instructions": len(program.instructions), "constant_bytes": int(program.constants.nbytes),
                      "segment_bytes": [int(size) for size in program.segment_bytes], "verdicts": tally(judged)})
+
+
+def _compile_language(terminal: Terminal, file: Path, config: Any, path: Path, context: int | None) -> None:
+    from weft.arch.language import LanguageModel
+    from weft.compiler.language import compile_language
+
+    model = LanguageModel.load(file)
+    with terminal.progress("compile", len(model.blocks) + 2, "blocks") as done:
+        program = compile_language(model, config, context, lambda part, _: done(part))
+    program.save(path)
+    layout = program.language
+    assert layout is not None
+    terminal.say(f"{path}: {len(program.instructions)} instructions, {program.constants.nbytes} bytes of constants, "
+                 f"context {layout.context}, {layout.sequence_bytes} bytes for each sequence, engine '{config.name}' "
+                 f"{config.fingerprint}")
+    terminal.result({"path": str(path), "engine": config.name, "fingerprint": config.fingerprint,
+                     "instructions": len(program.instructions), "constant_bytes": int(program.constants.nbytes),
+                     "context": layout.context, "sequence_bytes": layout.sequence_bytes})
+
+
+@app.command(epilog=EXIT_CODES)
+def generate(model: Annotated[str, typer.Option("--model", "-m", help="lfm2-nano, a Hugging Face folder, or a file "
+                                                                      "of `weft quantize`.")] = "lfm2-nano",
+             prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to go on from.")] = "The ",
+             tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Tokens at most.")] = 64,
+             device: DeviceName = "functional", engine: Engine = "base", memory: Memory = DEFAULT_MEMORY,
+             context: Context = None, temperature: Annotated[float, typer.Option(
+                 "--temperature", min=0.0, help="0: the engine's own choice; above: drawn on the host.")] = 0.0,
+             top: Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many; 0: from all.")] = 0,
+             chunk: Annotated[int, typer.Option("--chunk", min=0, help="Prompt tokens per run; 0: all.")] = 0,
+             json: Json = None, seed: Seed = 0, quiet: Quiet = False) -> None:
+    """Continue a text on a Device; everything computed is compared with the golden model, token by token."""
+    from weft.sw.generate import generate_text
+
+    terminal = Terminal(json, quiet)
+    result = generate_text(terminal, model, prompt, tokens, device, load_config(engine), memory, context, temperature,
+                           top, chunk, seed)
+    terminal.result(result)
+    _require_equal(result["mismatches"], result["first_difference"])
 
 
 @app.command(epilog=EXIT_CODES)
@@ -212,6 +305,27 @@ def bench_deformable(device: DeviceName = "rtl", engine: Engine = "base", memory
                                                if row["mismatches"]), ""))
 
 
+@bench.command("llm", epilog=EXIT_CODES)
+def bench_llm(model: Annotated[str, typer.Option("--model", "-m", help="lfm2-350m, -700m, -1.2b or -2.6b (random "
+                                                                       "weights), lfm2-nano, or an .lm file.")]
+              = "lfm2-nano",
+              phase: Annotated[str, typer.Option("--phase", help="decode: one token; prefill: a prompt.")] = "decode",
+              tokens: Annotated[int, typer.Option("--tokens", "-n", help="prefill: tokens of the prompt.")] = 128,
+              context: Annotated[int, typer.Option("--context", help="decode: tokens before.")] = 256,
+              device: DeviceName = "rtl", engine: Engine = "base", memory: Memory = DEFAULT_MEMORY,
+              json: Json = None, seed: Seed = 0, quiet: Quiet = False) -> None:
+    """A language model's cycles, bytes and use of port and array, every layer and every write compared."""
+    from weft.sw.bench_language import bench_language as run
+
+    terminal = Terminal(json, quiet)
+    result = run(terminal, model, load_config(engine), phase, device, memory, tokens, context, seed)
+    names = ("cycles", "bytes", "bandwidth_utilization", "array_efficiency", "tokens_per_s", "mismatches",
+             "layers_compared", "writes_compared", "wall_s", "simulated_cycles_per_s")
+    terminal.table("", ["figure", ">value"], [(name, f"{result[name]:,}") for name in names])
+    terminal.result(result)
+    _require_equal(result["mismatches"], result["first_difference"])
+
+
 @app.command(epilog=EXIT_CODES)
 def report(file: Annotated[Path, typer.Argument(
         metavar="RESULT", help="JSON from `simulate`, `bench codenet` or `demo`.")],
@@ -232,7 +346,7 @@ def demo(model: Model = "codenet-nano", engine: Engine = "base", memory: Memory 
          images: Annotated[int, typer.Option("--images", "-n", min=1, help="Test images on the RTL.")] = 16,
          test_images: Annotated[int, typer.Option("--test-images", min=1, help="Test images for accuracy.")] = 500,
          json: Json = None, quiet: Quiet = False) -> None:
-    """Find digits with the engine's RTL, compare every layer, measure accuracy, write a report."""
+    """Find digits and write text with the engine's RTL, compare every layer, measure accuracy, write a report."""
     from weft.sw.demo import demo as run
 
     terminal, config = Terminal(json, quiet), load_config(engine)

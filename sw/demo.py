@@ -1,4 +1,4 @@
-"""The demonstration: digits found by the engine's RTL, every layer compared, accuracy measured, a report."""
+"""The demonstration: digits found and text written by the engine's RTL, every layer compared, a report."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from weft.arch.program import Program, write_atomically
 from weft.compiler.frontend import load_graph
 from weft.compiler.graph import Graph
 from weft.reports.html import render
-from weft.reports.schema import Result
+from weft.reports.schema import LanguageResult, Result
 from weft.sim.functional import FunctionalDevice
 from weft.sw.compile import compile_file
+from weft.sw.demo_language import demonstrate
 from weft.sw.detector import HEADS, detections, picture
 from weft.sw.devices import make_device
 from weft.sw.images import to_codes
@@ -86,6 +87,7 @@ def _demo(terminal: Terminal, pool: Executor, simulator: Future[None], began: fl
     first_s = time.perf_counter() - began
     terminal.say(f"first     RTL inference verified after {first_s:.1f} s: {checked[0].run.cycles} cycles, "
                  f"{checked[0].layers_compared} layers, {checked[0].mismatches} differ")
+    language = pool.submit(demonstrate, config, memory)  # by one worker, while the other sees to the images
     rest = [pool.submit(_infer, job, image) for image in codes[1:]]
     checked += _collect(terminal, "RTL inference", rest, "images")
 
@@ -109,10 +111,12 @@ def _demo(terminal: Terminal, pool: Executor, simulator: Future[None], began: fl
                 for index in range(min(PICTURES, images, test_images))]
     result = replace(to_result("Digits, found bit for bit", program, "rtl", memory, checked), model=model,
                      accuracy=accuracy, accuracy_images=len(pixels), pictures=pictures)
-    return _finish(terminal, folder, result, first_s, time.perf_counter() - began)
+    [text] = _collect(terminal, "text on the RTL", [language], "models")
+    return _finish(terminal, folder, result, text, first_s, time.perf_counter() - began)
 
 
-def _finish(terminal: Terminal, folder: Path, result: Result, first_s: float, total_s: float) -> dict[str, Any]:
+def _finish(terminal: Terminal, folder: Path, result: Result, text: LanguageResult, first_s: float,
+            total_s: float) -> dict[str, Any]:
     summary = {
         "detector": {
             "images": result.images, "layers_compared": result.layers_compared, "mismatches": result.mismatches,
@@ -121,11 +125,20 @@ def _finish(terminal: Terminal, folder: Path, result: Result, first_s: float, to
             "rtl_cycles": result.cycles, "efficiency": result.efficiency,
             "simulated_cycles_per_s": result.simulated_cycles_per_s,
         },
+        "llm": {
+            "tokens": text.tokens, "layers_compared": text.layers_compared, "mismatches": text.mismatches,
+            "ppl_float": text.perplexity["float"], "ppl_integer": text.perplexity["integer"],
+            "ppl_bytes": text.held_out_bytes, "cosine": text.agreement["cosine"], "top1": text.agreement["top1"],
+            "decode_cycles_per_token": text.decode.cycles if text.decode else 0,
+            "prefill_cycles": text.prefill.cycles if text.prefill else 0, "prompt": text.prompt, "text": text.text,
+            "simulated_cycles_per_s": text.simulated_cycles_per_s,
+        },
         "setup_to_first_inference_s": round(first_s, 1),
         "wall_s": round(total_s, 1),
     }  # fmt: skip
     write_atomically(folder / "result.json", result.to_json())
-    write_atomically(folder / "report.html", render(result))
+    write_atomically(folder / "language.json", text.to_json())
+    write_atomically(folder / "report.html", render(result, text))
     write_atomically(folder / "summary.json", Terminal.to_json(summary))
     detector = summary["detector"]
     terminal.say(f"compared  {result.layers_compared} layer outputs of {result.images} images, "
@@ -133,9 +146,16 @@ def _finish(terminal: Terminal, folder: Path, result: Result, first_s: float, to
     terminal.say(f"AP50      float {detector['ap50_float']}, fake-quantized {detector['ap50_quant']}, "
                  f"integer {detector['ap50_integer']} (%, {result.accuracy_images} images)")
     terminal.say(f"speed     {result.cycles} cycles per image, {100 * result.efficiency:.1f} % of the array")
+    llm = summary["llm"]
+    terminal.say(f"text      {text.prompt}{text.text}".replace("\n", " "))
+    terminal.say(f"compared  {text.layers_compared} layer outputs of {text.tokens} tokens, golden = functional = "
+                 f"RTL: {text.mismatches} differ")
+    terminal.say(f"perplexity float {llm['ppl_float']}, integer {llm['ppl_integer']} ({text.held_out_bytes} bytes of "
+                 f"held-out text); {llm['decode_cycles_per_token']} cycles per token")
     terminal.say(f"report    {folder / 'report.html'} ({total_s:.0f} s in all)")
-    if result.mismatches:
-        raise MismatchError(f"{result.mismatches} layer outputs differ; the first: {result.first_difference}")
+    if result.mismatches or text.mismatches:
+        raise MismatchError(f"{result.mismatches + text.mismatches} layer outputs differ; the first: "
+                            f"{result.first_difference or text.first_difference}")
     return summary
 
 

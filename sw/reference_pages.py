@@ -24,7 +24,7 @@ def isa_page() -> str:
     common = {item.name for item in fields(isa.Instruction)}
     parts += ["## Fields of every instruction\n", _table("bits", [
         (_bits(*isa.OPCODE_BITS), "opcode", "the instruction"), *_fields(isa.Instruction, set())], "field")]
-    for enumeration in (isa.Unit, isa.Opcode, isa.VectorOp, isa.Sampling):
+    for enumeration in (isa.Unit, isa.Opcode, isa.VectorOp, isa.Sampling, isa.RowOp, isa.RowLayout, isa.ScalarOp):
         parts += [f"## {enumeration.__name__}\n", _text(enumeration),
                   _table("value", [(str(item.value), item.name, "") for item in enumeration], "name", last="")]
     for cls in isa.INSTRUCTIONS.values():

@@ -37,6 +37,10 @@ class Terminal:
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
 
+    def write(self, text: str) -> None:
+        """Text as it is, without a new line, at once."""
+        self.console.print(text, end="", markup=False, soft_wrap=True)
+
     @staticmethod
     def to_json(value: Any) -> str:
         return json.dumps(value, indent=1) + "\n"

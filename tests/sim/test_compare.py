@@ -490,3 +490,21 @@ def test_places_of_codes_in_every_layout(layout):
                 assert index is None
             else:
                 assert codes[index[0], index[2]] == log.data[write, lane].view(np.int8)
+
+
+def test_stream_of_the_rtl(engine):
+    """The engine writes what the functional machine writes, in a Program with registers and a loop."""
+    program = Looped.random(TEST).program()
+    rtl, functional = engine(), FunctionalDevice(TEST)
+    for device in (rtl, functional):
+        device.load(program)
+        device.write_segment(Segment.INPUT, 0, (np.arange(12) % 5).astype("<u4").tobytes())
+    for arguments in ((0, 12), (4, 3)):
+        comparison = StreamingComparison(program, functional.steps(arguments))
+        rtl.observer = comparison.consume
+        counters = rtl.start(arguments).counters
+        assert comparison.finish() is None and comparison.compared == 8 + 10 * arguments[1]
+        for name, value in functional.counters.items():
+            assert name == "bytes_read" or counters[name] == value
+        size = program.segment_bytes[Segment.OUTPUT]
+        assert rtl.read_segment(Segment.OUTPUT, 0, size) == functional.read_segment(Segment.OUTPUT, 0, size)
