@@ -184,9 +184,10 @@ class Plan:
     and above all that the ring of weights.
     """
 
-    def __init__(self, shape: Shape, context: int, tokens: int) -> None:
+    def __init__(self, shape: Shape, context: int, tokens: int, queries: int, buffers: int) -> None:
         config, model = shape.config, shape.model
         self.shape, self.config, self.tokens = shape, config, tokens
+        self.queries, self.buffers = queries, buffers  # tokens attended to at a time; buffers of scores
         self.cache = Cache(shape, -(-context // config.lanes) * config.lanes)
         stack = _Stack(0)
         self.residual = stack.rows(shape.width, tokens)
@@ -228,7 +229,6 @@ class Plan:
     def _attention(self, base: int, tops: list[int]) -> None:
         shape, model, tokens = self.shape, self.shape.model, self.tokens
         c, lanes = self.config.columns, self.config.lanes
-        self.queries = min(tokens, max(1, self.config.pixels // model.queries))  # tokens attended to at a time
         stack = _Stack(base)
         self.q = stack.rows(model.heads * shape.head_blocks, tokens)
         self.k = stack.rows(model.kv_heads * shape.head_blocks, tokens)
@@ -236,10 +236,10 @@ class Plan:
         inner = _Stack(base)
         blocks = self.cache.context // lanes
         pixels = self.queries * model.queries
-        self.scores = [inner.rows(blocks, pixels) for _ in range(2)]
-        self.probabilities = [inner.words(blocks * pixels) for _ in range(2)]
-        self.probability_scales = [inner.words(pixels) for _ in range(2)]
-        self.magnitudes = [inner.words(2 * blocks) for _ in range(2)]
+        self.scores = [inner.rows(blocks, pixels) for _ in range(self.buffers)]
+        self.probabilities = [inner.words(blocks * pixels) for _ in range(self.buffers)]
+        self.probability_scales = [inner.words(pixels) for _ in range(self.buffers)]
+        self.magnitudes = [inner.words(2 * blocks) for _ in range(self.buffers)]
         stack.top = max(stack.top, inner.top)
         self.codes = stack.words(tokens * model.heads * shape.head_blocks)
         self.code_scales = stack.words(tokens * model.heads)
@@ -261,16 +261,22 @@ class Plan:
 
 
 def plan_language(model: LanguageConfig, config: EngineConfig, context: int) -> Plan:
-    """The plan with the largest group of tokens that leaves enough for weights. Raises ModelError when none does."""
+    """The plan with the largest group of tokens that leaves enough for weights. Raises ModelError when none does.
+
+    A long context makes scores long: then fewer tokens are attended to at a time, and the scores of one key head
+    wait for those of the one before.
+    """
     shape = Shape(model, config)
     inputs = max(shape.width, shape.feed_forward, model.heads * shape.value_blocks)
     tile = config.tile_words(inputs, grouped=True) + config.plain_parameter_words
     wanted = max(CHUNKS * tile, config.pool_words // RING_SHARE)
     sizes = [*range(config.pixels, MOST_TOKENS + 1, config.pixels)]
+    most = max(1, config.pixels // model.queries)
     for tokens in [*reversed(sizes), *([1] if config.pixels > 1 else [])]:
-        plan = Plan(shape, context, tokens)
-        if plan.ring.words >= wanted:
-            return plan
+        for queries, buffers in dict.fromkeys([(most, 2), (most, 1), (1, 2), (1, 1)]):
+            plan = Plan(shape, context, tokens, min(queries, tokens), buffers)
+            if plan.ring.words >= wanted:
+                return plan
     needed = config.pool_words - plan.ring.words + wanted
     raise ModelError(
         f"language model '{model.name}' with a context of {context} needs {needed} "
