@@ -157,10 +157,16 @@ class Instruction:
     opcode: ClassVar[Opcode]
     unit: ClassVar[Unit | None]
 
+    @classmethod
+    @functools.cache
+    def _places(cls) -> list[tuple[str, int, int, bool]]:
+        """Name, lowest bit, width and signedness of every field."""
+        return [(item.name, *(item.metadata[key] for key in ("low", "width", "signed"))) for item in fields(cls)]
+
     def encode(self) -> bytes:
         """The 64 bytes. Raises ValueError naming the field whose value does not fit."""
         word = int(self.opcode)
-        for name, low, width, signed in _layout(type(self)):
+        for name, low, width, signed in self._places():
             value = int(getattr(self, name))
             least, most = (-(1 << width - 1), (1 << width - 1) - 1) if signed else (0, (1 << width) - 1)
             if not least <= value <= most:
@@ -208,12 +214,6 @@ class Instruction:
         instruction = decode(word.to_bytes(INSTRUCTION_BYTES, "little"))
         assert isinstance(instruction, type(self))
         return instruction
-
-
-@functools.cache
-def _layout(cls: type[Instruction]) -> list[tuple[str, int, int, bool]]:
-    """Name, lowest bit, width and signedness of every field."""
-    return [(item.name, *(item.metadata[key] for key in ("low", "width", "signed"))) for item in fields(cls)]
 
 
 OPCODE_BITS = (0, 4)  # low bit and width of the opcode
@@ -583,7 +583,7 @@ def decode(data: bytes) -> Instruction:
     except (KeyError, ValueError):
         raise ValueError(f"unknown opcode {code}") from None
     values = {}
-    for name, low, width, signed in _layout(cls):
+    for name, low, width, signed in cls._places():
         value = word >> low & (1 << width) - 1
         values[name] = value - (1 << width) if signed and value >> width - 1 else value
     return cls(**values)

@@ -34,6 +34,8 @@ FOR_UNITS = [opcode for opcode, cls in INSTRUCTIONS.items() if cls.unit is not N
 
 BINDING = data.StructLayout({
     "register": REGISTER_BITS, "place": BINDING_BITS - REGISTER_BITS - 2, "wide": 1, "in_force": 1})
+SHARED = {Read: ("target", "first"), Branch: ("first", "second", "literal", "value")}  # decoded as fields of Scalar
+assert all(layout_of(cls)[name] == layout_of(Scalar)[name] for cls, names in SHARED.items() for name in names)
 
 
 class Registers(wiring.Component):
@@ -167,7 +169,7 @@ class Control(wiring.Component):
             self.read.payload.offset.eq(a),
             self.illegal.eq(missing),
             registers.arguments.eq(self.arguments),
-            registers.numbers[0].eq(scalar.first),  # Read and Branch have what they share with Scalar in its place
+            registers.numbers[0].eq(scalar.first),
             registers.numbers[1].eq(scalar.second),
             registers.target.eq(scalar.target),
             registers.value.eq(arithmetic.result),

@@ -56,7 +56,7 @@ def compare(reference: Predictor, others: dict[str, Predictor], text: Tensor, wi
                            float(F.cosine_similarity(got, want, dim=-1).sum()),
                            float((got.argmax(-1) == want.argmax(-1)).sum())]  # fmt: skip
     count = windows.numel() - len(windows)
-    return {name: Agreement(math.exp(loss / count), cosine / count, same / count)
+    return {name: Agreement(math.exp(loss / count), float(cosine / count), float(same / count))
             for name, (loss, cosine, same) in sums.items()}  # fmt: skip
 
 

@@ -269,12 +269,16 @@ class _GptqMode(gptq_mode):
 
 
 @torch.no_grad()
-def apply_gptq(model: Lfm2, samples: Tensor, batch: int = 8) -> None:
+def apply_gptq(model: Lfm2, samples: Tensor, batch: int = 32) -> None:
     """Change the weights of a quantized network so that rounding errors cancel on `samples` int64 [sequences, n]."""
     for layer in model.modules():
         if isinstance(layer, qnn.QuantLinear):
             layer.weight.data = layer.weight.data.clone()  # until here they may be the caller's
-    with _GptqMode(model, create_weight_orig=False, use_quant_activations=True, gptq_class=_GroupGptq) as gptq:
+    same_inputs = [[f"layers.{i}.feed_forward.w{part}" for part in "13"] for i in range(len(model.layers))]
+    same_inputs += [[f"layers.{i}.mixer.{part}_proj" for part in "qkv"]
+                    for i, kind in enumerate(model.config.layers) if kind == "attention"]  # fmt: skip
+    with _GptqMode(model, group_of_parallel_layers=same_inputs, create_weight_orig=False, use_quant_activations=True,
+                   gptq_class=_GroupGptq) as gptq:  # fmt: skip
         for _ in range(gptq.num_layers):
             for part in samples.split(batch):
                 gptq.model(part)

@@ -65,7 +65,10 @@ def first_difference(expected: Trace, actual: Trace, program: Program) -> Differ
 
 
 def compare_layers(expected: dict[str, np.ndarray], actual: dict[str, np.ndarray]) -> Difference | None:
-    """The first differing element of the first differing layer, in the order of `expected`; arrays [H, W, C]."""
+    """The first differing element of the first differing layer, in the order of `expected`.
+
+    Arrays are [H, W, C], or [rows, C] in a language model.
+    """
     for layer, want in expected.items():
         if layer not in actual:
             return Difference(layer, "layer", "present", "missing")
@@ -74,8 +77,9 @@ def compare_layers(expected: dict[str, np.ndarray], actual: dict[str, np.ndarray
             return Difference(layer, "shape", want.shape, got.shape)
         different = want != got
         if different.any():
-            index = tuple(int(k) for k in np.unravel_index(different.argmax(), want.shape))
-            return Difference(layer, "data", int(want[index]), int(got[index]), index=index)
+            place = np.unravel_index(different.argmax(), want.shape)
+            index = int(place[0]), int(place[1]) if want.ndim == 3 else 0, int(place[-1])
+            return Difference(layer, "data", int(want[place]), int(got[place]), index=index)
     return None
 
 

@@ -82,7 +82,9 @@ class MatrixUnit(WindowUnit):
             largest *= max(1, int(factors.max()))
         section = max(1, FLOAT32_EXACT // (largest * lanes))
         kind = np.float32 if largest * lanes <= FLOAT32_EXACT else np.float64
-        values = samples.astype(kind) if i.wide else samples.astype(kind) / 16
+        values = samples.astype(kind)
+        if not i.wide:
+            values /= 16
         sections = max(1, min(UNPACKED // (section * lanes * width), PARTIAL // (pixels * width)))
         acc = np.zeros((pixels, width))
         for first, last in _chunks(words, section, sections):

@@ -125,10 +125,12 @@ def random_program(seed: int, length: int) -> list[Instruction]:
     return program
 
 
-def bench(program: list[Instruction | int], waits: Waits = NONE, config=CONFIG, length: int | None = None, watchdog=0):
+def bench(program: list[Instruction | int], waits: Waits = NONE, config=CONFIG, length: int | None = None, watchdog=0,
+          expected: list[Instruction] | None = None):
+    """Dispatcher, units, and a program; `expected` is what is dispatched, if not the program as it stands."""
     dut = Dispatch(config)
     sim = simulator(dut)
-    units = Units(dut, [item for item in program if isinstance(item, Instruction)], waits)
+    units = Units(dut, expected or [item for item in program if isinstance(item, Instruction)], waits)
     words = [item if isinstance(item, int) else word(item) for item in program]
 
     async def settings(ctx) -> None:
@@ -393,6 +395,55 @@ def test_the_watchdog_ends_a_loop_without_work(body):
     assert seen[:2] == [Status.WATCHDOG, NO_UNIT] and 1 <= seen[2] <= 1 + len(body)
 
 
+def shown(registers: range) -> list[Load]:
+    """Instructions that bring the registers to a unit, three at a time."""
+    return [Load().bind(**dict(zip(("offset", "row_bytes", "plane_bytes"), registers[start:start + 3], strict=False)))
+            for start in range(0, len(registers), 3)]
+
+
+EDGES = [0, 1, -1, 31, 32, 65_535, 65_536, 0x1234_5678, -0x1234_5678, (1 << 31) - 1, -1 << 31]
+
+
+@pytest.mark.parametrize("operation", ScalarOp)
+def test_every_scalar_operation(operation):
+    program = [set_register(8 + number, value) for number, value in enumerate(EDGES)]
+    for first, literal in itertools.product(range(8, 8 + len(EDGES)), (0, 1)):
+        for target, (second, value) in enumerate(enumerate(EDGES, 8), 19):
+            program.append(Scalar(operation=operation, target=target, first=first, second=second, literal=literal,
+                                  value=value if literal else 7))
+        program += shown(range(19, 30))
+    program.append(End())
+    expected = [item for _, item in dispatched(program.__getitem__, len(program), [], lambda *_: 0)]
+    dut, sim, units = bench(program, expected=expected)
+
+    async def finish(ctx) -> None:
+        await ctx.tick().until(dut.finished)
+
+    sim.add_testbench(finish)
+    run(sim)
+    assert len(units.started) == len(expected) - 1
+
+
+def test_barrier_waits_for_all_that_was_dispatched():
+    dut, sim, units = bench([Load(), Row(), Barrier(), Vector(), End()])
+    units.in_unit = 0
+
+    async def watch(ctx) -> None:
+        for count, unit in enumerate((Unit.LOAD, Unit.ROW)):
+            await ctx.tick().repeat(40)
+            assert ctx.get(dut.index) == 2 and units.done == count
+            assert not ctx.get(dut.vector.instruction.valid)
+            units.paused = set(Unit) - {unit}
+            units.in_unit = 1
+        await ctx.tick().repeat(5)
+        units.paused = set()
+        await ctx.tick().until(dut.finished)
+
+    sim.add_testbench(watch)
+    run(sim)
+    assert len(units.started) == 3
+
+
 @pytest.mark.parametrize("instruction, cycles", [
     (Load(), 1),
     (Load().bind(address=3), 3),
@@ -478,6 +529,7 @@ class Programs:
         self.program = [set_register(number, self.value()) for number in self.general]
         self.block(0)
         self.loop(0)
+        self.program += shown(self.general)
         self.program.append(End())
         return self.program
 
@@ -489,7 +541,7 @@ class Programs:
         for _ in range(self.random.randint(3, 6)):
             kind = self.random.choices(
                 [self.unit, self.pair, self.scalar, self.read, self.barrier, self.skip, self.loop],
-                [8, 2, 5, 2, 1, 2, 2 if depth < len(self.counters) else 0])[0]
+                [8, 2, 5, 2, 2, 2, 2 if depth < len(self.counters) else 0])[0]
             kind(depth)
 
     def operands(self) -> dict[str, int]:

@@ -331,9 +331,11 @@ def test_training_errors(tmp_path):
 
 
 def test_the_shipped_model_is_as_good_as_its_record_says():
-    """On part of the held-out text; other versions of Python have slightly other texts."""
+    """On a fifth of the held-out text, spread over it; other versions of Python have slightly other texts."""
     model, tokenizer = load_model(CHECKPOINTS / "lfm2-nano")
     assert model.config == language_config("lfm2-nano")
     assert tokenizer.get_vocab_size() == 256
     recorded_loss = read_training(CHECKPOINTS / "lfm2-nano")["accuracy"]["float"]["loss"]
-    assert cross_entropy(model, tokens("test")[:16384]) == pytest.approx(recorded_loss, abs=0.2)
+    test = tokens("test")
+    part = test[: len(test) // 512 * 512].view(-1, 512)[::5].flatten()
+    assert cross_entropy(model, part) == pytest.approx(recorded_loss, abs=0.15)

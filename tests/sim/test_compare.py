@@ -312,6 +312,9 @@ def test_compare_layers(device):
         f"layer 'result', y 4 x 5 channel 6: data expected {found.expected}, got {found.expected + 3}")
     assert compare_layers(layers, {}).describe() == "layer 'features': layer expected present, got missing"
     assert compare_layers(layers, layers | {"features": wrong[:2]}).what == "shape"
+    rows = np.arange(12).reshape(3, 4)
+    found = compare_layers({"rows": rows}, {"rows": np.where(rows == 6, 0, rows)})
+    assert found.describe() == "layer 'rows', y 1 x 0 channel 2: data expected 6, got 0"
 
 
 # Comparison of a run while it goes on
