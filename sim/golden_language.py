@@ -51,6 +51,7 @@ Record = Callable[[str, np.ndarray], None]
 UNSEEN = -(1 << 20)  # a score so low that its exponential is 0
 MAX_POSITIONS = min(ACC_MAX // (PROBABILITY_PEAK * CODE_PEAK), ((1 << 32) - 1) // 65535)  # sums of a softmax fit
 BLOCK_ROWS = 4096  # rows of a weight matrix turned to float64 at a time
+BLOCK_RESULTS = 1 << 16  # results of a matrix product computed at a time, so that they stay in the cache
 BLOCK_SCORES = 1 << 22  # scores computed at a time
 
 
@@ -97,8 +98,9 @@ class Product:
         codes, (mult, shift) = row
         wide = codes.astype(np.float64)  # exact below 2**53, because NumPy multiplies integer matrices slowly
         out = np.empty((len(codes), len(self.weights)), np.int64)
-        for first in range(0, len(self.weights), BLOCK_ROWS):
-            part = slice(first, first + BLOCK_ROWS)
+        step = max(1, min(BLOCK_ROWS, BLOCK_RESULTS // len(codes)))
+        for first in range(0, len(self.weights), step):
+            part = slice(first, first + step)
             acc = (wide @ self.weights[part].astype(np.float64).T).astype(np.int64)
             scale = combine_scales(mult[:, None], shift[:, None], self.mult[part], self.shift[part])
             out[:, part] = requantize(acc, *scale, *INT16)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from tests.kit.language import tiny_config
 from weft.arch.errors import ModelError
+from weft.models import perplexity
+from weft.models.huggingface import load_huggingface
 from weft.models.lfm2 import Lfm2
 from weft.models.perplexity import STEPS, Agreement, compare, ladder, losses, rows
 from weft.models.quantize_language import Options, calibration, integer_model, quantized, random_state
+from weft.models.text import corpus
 from weft.sim.golden_language import GoldenLanguage
 
+CHECKPOINT = Path(perplexity.__file__).parent / "checkpoints" / "lfm2-nano"
 TEXT = torch.from_numpy(np.random.default_rng(0).integers(0, 50, 203))
 
 
@@ -76,6 +82,26 @@ def test_ladder():
     assert list(split) == list(STEPS[1:])
     change = steps["functions"].perplexity / steps["float"].perplexity - 1
     assert sum(split.values()) == pytest.approx(change)
+
+
+def test_the_trained_model_in_integers():
+    """What is asked of the whole test split is asked here of a small part of it, with room for chance."""
+    config, state, _ = load_huggingface(CHECKPOINT)
+    model = quantized(config, state)
+    result = integer_model(model, calibration(config, Options(corpus("train"), sequences=8)))
+    golden = GoldenLanguage(result)
+
+    def integer(tokens: np.ndarray) -> np.ndarray:
+        return golden.forward(tokens, golden.new_cache(), all_logits=True) * result.logit_scale
+
+    reference = Lfm2(config)
+    reference.load_state_dict(state)
+    text = corpus("test").astype(np.int64)
+    starts = np.linspace(0, len(text) - 256, 5).astype(int)
+    text = torch.from_numpy(np.concatenate([text[start : start + 256] for start in starts]))
+    got = compare(reference.eval(), {"float": reference, "integer": rows(integer)}, text, 256)
+    assert got["integer"].perplexity < 1.03 * got["float"].perplexity < 6
+    assert got["integer"].cosine > 0.99 and got["integer"].top1 > 0.93
 
 
 def test_losses_are_relative_to_the_first():

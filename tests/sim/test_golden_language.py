@@ -231,6 +231,7 @@ def test_chunks_make_no_difference(monkeypatch):
     for chunk in (1, 7, 64):
         monkeypatch.setattr(golden_language, "BLOCK_SCORES", chunk * 900)  # attention in blocks of queries, too
         monkeypatch.setattr(golden_language, "BLOCK_ROWS", 10 + chunk)
+        monkeypatch.setattr(golden_language, "BLOCK_RESULTS", 300)
         cache, got = golden.new_cache(), []
         for first in range(0, len(TOKENS), chunk):
             record = {}
