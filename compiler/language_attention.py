@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from weft.arch.isa import Load, Matrix, Row, RowLayout, RowOp, ScalarOp, Store
+from weft.arch.isa import SCALE_FIELDS, Load, Matrix, Row, RowLayout, RowOp, ScalarOp, Store
 from weft.arch.language import UNIT_SCALE, Attention, Block, Norm, norm_constant, row_unit
 from weft.arch.program import Argument, Segment
 from weft.compiler.language_emit import LanguageEmitter
 from weft.compiler.language_pack import NOTHING, pack, scale_words, two_words
 from weft.compiler.language_plan import Region, Rows16
+
+SCALE_BYTES = np.dtype(SCALE_FIELDS).itemsize
 
 
 class AttentionEmitter(LanguageEmitter):
@@ -115,7 +117,7 @@ class AttentionEmitter(LanguageEmitter):
             main = Store(**store, address=codes.base, offset=key_at, run=words, rows=heads, row_words=words,
                          row_bytes=cache.key_head, planes=1, mask=sum(1 << c * i for i in range(together)))
             side = Store(**store, address=magnitudes.base, offset=key_scale_at, run=1, rows=heads, row_words=1,
-                         row_bytes=cache.key_scale_head, planes=1, mask=15)
+                         row_bytes=cache.key_scale_head, planes=1, mask=(1 << SCALE_BYTES) - 1)
             sizes = (heads * words, heads)
         else:
             codes, magnitudes = plan.value_codes, plan.value_magnitudes
@@ -130,7 +132,7 @@ class AttentionEmitter(LanguageEmitter):
         main_places, side_places = (c, c) if keys else (together, lanes)
         main_bytes, side_bytes = ((cache.key_tile, self.config.plain_parameter_words * lanes) if keys
                                   else (lanes, 2 * lanes))
-        main_lanes, side_lanes = (1, 4) if keys else (c, 1)
+        main_lanes, side_lanes = (1, SCALE_BYTES) if keys else (c, 1)
         a.set(token, 0)
         start = a.loop()
         a.compute(position, self.position, ScalarOp.ADD, token)

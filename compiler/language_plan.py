@@ -54,6 +54,9 @@ class Shape:
         if self.config.group != GROUP:
             raise ModelError(f"engine '{self.config.name}' has words of {self.config.lanes} channels; language models "
                              f"share weight scales among {GROUP}: choose lanes = {GROUP}")
+        if "attention" in self.model.layers and self.config.plain_parameter_words > 1:
+            raise ModelError(f"engine '{self.config.name}' has {self.config.columns} columns, whose scales take more "
+                             f"than a word; the key cache wants one: choose at most {self.config.lanes // 4} columns")
         if "attention" in self.model.layers and self.model.head_size % self.config.lanes:
             raise ModelError(f"language model '{self.model.name}' has heads of {self.model.head_size}; the engine "
                              f"wants a multiple of {self.config.lanes}")

@@ -165,7 +165,7 @@ def train(name: str = "codenet-nano", out: str | os.PathLike | None = None, epoc
         raise ModelError(f"nothing to train: {recipe.plain_epochs} epochs of {recipe.scenes} scenes")
     steps = recipe.scenes // recipe.batch
     torch.set_num_threads(1)  # sums in another order make another network; and small layers gain nothing from more
-    with _bars(progress) as bar, torch.random.fork_rng(devices=[]):
+    with bars(progress) as bar, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         scenes = _scenes("train", model_config.size, recipe.scenes, seed, bar)
         test = _scenes("test", model_config.size, recipe.test_scenes, 0, bar)
@@ -197,7 +197,7 @@ def _scenes(split: str, size: int, count: int, seed: int, bar) -> list[Sample]:
 
 
 @contextmanager
-def _bars(enabled: bool):
+def bars(enabled: bool):
     """A function (description, total) -> advance(loss) that draws progress bars, or does nothing."""
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                TextColumn("loss {task.fields[loss]:.3f}"))  # fmt: skip

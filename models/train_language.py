@@ -20,7 +20,7 @@ from weft.arch.program import write_atomically
 from weft.models.huggingface import byte_tokenizer, save_huggingface
 from weft.models.lfm2 import Lfm2, language_config
 from weft.models.text import corpus
-from weft.models.train import _bars
+from weft.models.train import bars
 
 TRAINING = "training.json"
 
@@ -114,7 +114,7 @@ def train_language(name: str = "lfm2-nano", out: str | os.PathLike | None = None
         raise ModelError(f"nothing to train: {recipe.steps} steps of {recipe.length} to {longest} bytes, context "
                          f"{config.context}: choose more steps or shorter samples")  # fmt: skip
     torch.set_num_threads(1)  # sums in another order make another network
-    with _bars(progress) as bar, torch.random.fork_rng(devices=[]):
+    with bars(progress) as bar, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Lfm2(config)
         fit(model, text, recipe, bar("float", recipe.steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 
 import numpy as np
@@ -13,7 +14,7 @@ from weft.arch.program import Layer, Program
 COMPUTE = (Unit.MATRIX.name, Unit.VECTOR.name, Unit.ROW.name)
 
 
-class Results:
+class Results(ABC):
     """Takes the results of instructions in whatever order they come."""
 
     def __init__(self, program: Program) -> None:
@@ -29,12 +30,12 @@ class Results:
         if layer.unit.upper() == instruction.unit.name:
             self._add(index, layer, instruction, codes)
 
-    def _add(self, index: int, layer: Layer, instruction: Instruction, codes: np.ndarray) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _add(self, index: int, layer: Layer, instruction: Instruction, codes: np.ndarray) -> None: ...
 
+    @abstractmethod
     def complete(self) -> dict[str, np.ndarray]:
         """The whole outputs. Raises EngineFault for one that the Program has computed only in part."""
-        raise NotImplementedError
 
 
 def results_of(program: Program) -> Results:

@@ -140,6 +140,11 @@ def test_words_of_another_size_are_refused():
         compile_language(model(), replace(TEST, lanes=64))
 
 
+def test_scales_of_keys_must_fit_a_word():
+    with pytest.raises(ModelError, match="at most 8 columns"):
+        compile_language(model(), replace(TEST, columns=16))
+
+
 @pytest.mark.parametrize(("tokens", "said"), [
     ([], "at least one token"), ([50], "outside the vocabulary"),
     ([-1], "outside the vocabulary"), ([0] * 101, "exceed the context of 100"),
